@@ -1,0 +1,84 @@
+"""Write README.md from nbs/index.ipynb.
+
+    python nbs/_site/readme.py            # write it
+    python nbs/_site/readme.py --check    # exit 1 and show the difference if it is not current
+
+Cells marked `#| hide` and directive lines are left out, and so is the code (not the output) of `#| echo: false`.
+What a cell shows follows it as Markdown or plain text. Links that hold in nbs/ are made to hold from the root.
+"""
+import difflib
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+from nbformat import NotebookNode
+from traitlets.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*\|[ \t]*(.*?)[ \t]*(?:\n|$)", re.M)
+LINK = re.compile(r"(\]\()(?![a-z]+:|[#/])([^)\s]+)")
+NOTE = "<!-- Written from nbs/index.ipynb by nbs/_site/readme.py: edit the notebook. -->\n\n"
+
+
+def from_root(text: str) -> str:
+    "Relative links of a page in nbs/, as seen from the root: `05_quantize.ipynb` and `../LICENSE`."
+    def move(link: re.Match) -> str:
+        target = link[2]
+        return link[1] + (target[3:] if target.startswith("../") else f"nbs/{target}")
+    return LINK.sub(move, text)
+
+
+def shown(output: NotebookNode) -> NotebookNode:
+    "Keep the Markdown of an output, or else its plain text: GitHub runs no scripts and drops styles."
+    if "data" in output:
+        data = output.data
+        markdown = {"text/markdown": from_root(data["text/markdown"])} if "text/markdown" in data else None
+        output.data = NotebookNode(markdown or {"text/plain": data.get("text/plain", "")})
+    return output
+
+
+def code_cell(cell: NotebookNode) -> NotebookNode | None:
+    "A code cell without directives and noise; None if it is hidden."
+    directives = DIRECTIVE.findall(cell.source)
+    if any(re.match(r"(hide|default_exp)\b", d) for d in directives): return None
+    cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
+    cell.outputs = [shown(o) for o in cell.outputs if o.output_type != "error" and o.get("name") != "stderr"]
+    if any(re.match(r"echo:\s*false", d) for d in directives): cell.metadata["tags"] = ["no-input"]
+    return cell if cell.source else None
+
+
+def page(nb: NotebookNode) -> NotebookNode:
+    "The notebook as a reader should see it."
+    cells = []
+    for cell in nb.cells:
+        if cell.cell_type == "markdown": cell.source = from_root(cell.source)
+        if cell.cell_type == "code": cell = code_cell(cell)
+        if cell is not None and cell.cell_type != "raw": cells.append(cell)
+    nb.cells = cells
+    nb.metadata["language_info"] = {"name": "python"}  # nbdev_clean drops it; code fences are named after it
+    return nb
+
+
+def readme(index: Path) -> str:
+    "The README's text."
+    exporter = MarkdownExporter(config=Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": {"no-input"}}))
+    text, _ = exporter.from_notebook_node(page(nbformat.read(index, 4)))
+    text = "\n".join(line.rstrip() for line in text.splitlines())
+    return NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def main(args: list[str], index: Path = ROOT / "nbs" / "index.ipynb", target: Path = ROOT / "README.md") -> int:
+    "Write the README, or with --check show how it differs."
+    new = readme(index)
+    if "--check" not in args:
+        target.write_text(new, encoding="utf-8")
+        return 0
+    old = target.read_text(encoding="utf-8") if target.exists() else ""
+    for line in difflib.unified_diff(old.splitlines(), new.splitlines(), target.name, index.name, lineterm=""): print(line)
+    return int(old != new)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

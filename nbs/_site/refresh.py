@@ -1,0 +1,56 @@
+"""Run the component notebooks in place and keep what they show.
+
+    python nbs/_site/refresh.py                         # every page whose name begins with a digit
+    python nbs/_site/refresh.py nbs/05_quantize.ipynb   # these pages
+
+Widgets are dropped from what is kept: their ids change at every run, and without a running kernel they show nothing.
+A second run of the same pages changes no byte.
+"""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the kernel inherits it: sums come out in the same order on every machine
+os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[2]
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def without_widgets(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    "Drop widget views, and the widgets' state."
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+    nb.metadata.pop("widgets", None)
+    return nb
+
+
+def refresh(path: Path) -> None:
+    "Execute one notebook in its own folder and write it back; a failing notebook is left as it was."
+    nb = nbformat.read(path, 4)
+    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    nbformat.write(without_widgets(nb), path)
+    clean = Path(sys.executable).with_name("nbdev_clean")
+    subprocess.run([clean, "--fname", path], cwd=path.parent, check=True)  # counts, timestamps, kernel versions
+
+
+def main(names: list[str]) -> int:
+    "Refresh the named pages, or all; say which failed."
+    failed = []
+    for path in [Path(n).resolve() for n in names] or sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
+        try: refresh(path)
+        except Exception as e:
+            failed.append(path.name)
+            print(f"{path.name} failed:\n{e}", file=sys.stderr)
+        else: print(path.name)
+    if failed: print("failed:", *failed, file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

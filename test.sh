@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The whole test suite; CI runs it too. Extra arguments go to pytest: bash test.sh -k papermill
+# Every step runs, the exit code is that of the first that failed, and pytest's closing line comes last.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+python=${PYTHON:-$(command -v python || command -v python3)}
+PATH="$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH"  # this Python's own commands
+command -v nbdev_test ruff mypy pytest >/dev/null && "$python" -c 'import nbdev, pytest' 2>/dev/null ||
+  { echo "the tools are missing: pip install -e '.[dev]' -c constraints.txt" >&2; exit 2; }
+
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"  # test this checkout, whichever one is installed
+export OMP_NUM_THREADS=1                             # two workers, one thread each
+export MPLBACKEND=Agg PYDEVD_DISABLE_FILE_VALIDATION=1
+
+status=0
+step() {  # name, command...
+  printf '\n== %s\n' "$1"; shift
+  "$@"; local code=$?
+  if ((code)); then echo "-- failed with exit code $code"; fi
+  if ((status == 0)); then status=$code; fi
+}
+
+step "ruff" ruff check .
+step "mypy" mypy
+step "the notebooks' own tests" nbdev_test --n_workers 2 --timing
+
+printf '\n== pytest\n'  # export drift, clean drift and the shape of the pages are tests as well
+"$python" -m pytest "$@"
+code=$?
+exit $((status ? status : code))

@@ -1,0 +1,153 @@
+"""The package is what the notebooks say, and the notebooks are what a reader should find. No test here needs git."""
+import ast
+import filecmp
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import BIN, ROOT
+
+sys.path.insert(0, str(ROOT / "nbs" / "_site"))
+import readme  # noqa: E402
+import refresh  # noqa: E402
+
+NOTEBOOKS = sorted(ROOT.glob("nbs/[!_.]*.ipynb"))
+COMPONENTS = [p for p in NOTEBOOKS if p.stem[0].isdigit()]
+EXPERIMENTS = [p for p in NOTEBOOKS if p.stem.startswith("exp")]
+MODULES = sorted(ROOT.glob("fedmpqkd/*.py"))
+BARE = "core data partition models quantize bits distill wire client server methods federation".split()
+ON_A_BARE_MACHINE = {"numpy", "torch", "torchvision", "timm", "pandas", "pyarrow", "PIL"}
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def cells(path: Path, kind: str = "") -> list[dict]:
+    "The cells of a notebook, all or of one kind, their source as one string."
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [c | {"source": "".join(c["source"])} for c in found if kind in c["cell_type"]]
+
+
+def code_lines(source: str) -> list[str]:
+    "Lines that are neither blank nor a directive."
+    return [s for s in source.splitlines() if s.strip() and not re.match(r"\s*#\s*\|", s)]
+
+
+def modules_of_notebooks() -> set[str]:
+    "What the notebooks export."
+    return {m for p in NOTEBOOKS for c in cells(p, "code") for m in re.findall(r"^#\s*\|\s*default_exp\s+(\S+)", c["source"], re.M)}
+
+
+def test_package_is_exported(copy: Path):
+    subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True)
+    names = [p.name for p in (copy / "fedmpqkd").glob("*.py")]
+    _, differ, missing = filecmp.cmpfiles(ROOT / "fedmpqkd", copy / "fedmpqkd", names, shallow=False)
+    assert not differ + missing, "run nbdev_export"
+
+
+def test_notebooks_are_clean(copy: Path):
+    subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True)
+    stale = [p.name for p in NOTEBOOKS if p.read_bytes() != (copy / "nbs" / p.name).read_bytes()]
+    assert not stale, "run nbdev_clean"
+
+
+def test_every_module_has_a_notebook():
+    written_by_hand = {"__init__", "__main__", "_modidx"}
+    assert {p.stem for p in MODULES} - written_by_hand == modules_of_notebooks()
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_core_modules_import_on_a_bare_machine(name: str):
+    "At their top these modules import what a training machine has, and nothing for drawing or for notebooks."
+    tree = ast.parse((ROOT / "fedmpqkd" / f"{name}.py").read_text(encoding="utf-8"))
+    found = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
+    found |= {n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom) and n.level == 0}  # not our own modules
+    assert {f.split(".")[0] for f in found} - set(sys.stdlib_module_names) <= ON_A_BARE_MACHINE
+
+
+@each
+def test_title_cell_is_alone(path: Path):
+    "Title, subtitle and `- key: value` lines: anything else in this cell would vanish from the module's docstring."
+    lines = [s for s in cells(path, "markdown")[0]["source"].splitlines() if s.strip()]
+    assert re.match(r"# \S", lines[0])
+    assert len(lines) > 1 and lines[1].startswith("> "), "the title wants a subtitle: > one line"
+    assert all(re.match(r"- \w+: \S", s) for s in lines[2:])
+
+
+@each
+def test_cells_have_names_of_their_own(path: Path):
+    "The exported package names the cells, so that each needs one id, kept for ever."
+    ids = [c["id"] for c in cells(path)]
+    assert len(set(ids)) == len(ids)
+
+
+@each
+def test_code_cells_are_short(path: Path):
+    assert max(len(code_lines(c["source"])) for c in cells(path, "code")) <= 40
+
+
+@each
+def test_what_is_shown_is_the_same_everywhere(path: Path):
+    "No widget state, no machine's paths and no addresses in the committed outputs."
+    assert "widgets" not in json.loads(path.read_text(encoding="utf-8"))["metadata"]
+    text = json.dumps([c["outputs"] for c in cells(path, "code")])
+    text = re.sub(r'"image/png": "[^"]*"', "", text)
+    assert refresh.WIDGET not in text
+    assert not re.findall(r"/(?:home|root|tmp|work|Users)/\S*| at 0x[0-9a-f]+", text)
+
+
+@pytest.mark.parametrize("path", COMPONENTS, ids=lambda p: p.stem)
+def test_pages_explain_their_code(path: Path):
+    words = sum(len(c["source"].split()) for c in cells(path, "markdown"))
+    lines = sum(len(code_lines(c["source"])) for c in cells(path, "code"))
+    assert words >= lines, f"{words} words for {lines} lines of code"
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_experiments_take_parameters(path: Path):
+    "Without the tag papermill would put the parameters on top, where the notebook's defaults overwrite them."
+    tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    assert "- skip_exec: true" in cells(path, "markdown")[0]["source"].splitlines(), "nbdev_test would run the experiment"
+
+
+def test_readme_is_current():
+    if not (ROOT / "README.md").exists(): pytest.skip("README.md is not written yet")
+    assert readme.main(["--check"]) == 0, "run python nbs/_site/readme.py"
+
+
+def test_readme_shows_what_a_reader_needs(tmp_path: Path):
+    new, shown = nbformat.v4, {"text/plain": "plain", "text/html": "<b>html</b>"}
+    nb = new.new_notebook()
+    nb.cells = [
+        new.new_code_cell("#| hide\nimport secret"),
+        new.new_markdown_cell("# Title\n\n[page](05_quantize.ipynb) [file](../LICENSE) [web](https://example.org) [here](#x)"),
+        new.new_code_cell("#| eval: false\nf[0](y)", outputs=[new.new_output("display_data", data=shown)]),
+        new.new_code_cell("#| echo: false\ntable()", outputs=[new.new_output("display_data", data={"text/markdown": "|a|"})]),
+        new.new_code_cell("go()", outputs=[new.new_output("stream", name="stderr", text="a warning")]),
+    ]
+    index, target = tmp_path / "index.ipynb", tmp_path / "README.md"
+    nbformat.write(nb, index)
+    assert readme.main(["--check"], index, target) == 1
+    assert readme.main([], index, target) == 0 and readme.main(["--check"], index, target) == 0
+    assert target.read_text() == readme.NOTE + (
+        "# Title\n\n[page](nbs/05_quantize.ipynb) [file](LICENSE) [web](https://example.org) [here](#x)\n\n"
+        "```python\nf[0](y)\n```\n\n    plain\n\n|a|\n\n```python\ngo()\n```\n")
+
+
+def test_refresh_twice_changes_nothing(copy: Path):
+    "A page that shows a number, a widget and an execution count; run twice, only the number is left."
+    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}})
+    nb.cells = [nbformat.v4.new_code_cell("import ipywidgets\n6 * 7"), nbformat.v4.new_code_cell("ipywidgets.IntSlider()")]
+    path = copy / "nbs" / "99_tmp.ipynb"
+    nbformat.write(nb, path)
+    refresh.refresh(path)
+    once = path.read_bytes()
+    refresh.refresh(path)
+    assert path.read_bytes() == once
+    first, second = cells(path)
+    assert first["outputs"][0]["data"]["text/plain"] == ["42"] and first["execution_count"] is None
+    assert second["outputs"] == []
