@@ -27,7 +27,8 @@ def parse(
     arguments: list[str],  # what follows the experiment's name
 ) -> dict[str, Any]:  # option -> text
     "Read `--name value` and `--name=value`."
-    known, values, rest = options(), {}, iter(arguments)
+    known, rest = options(), iter(arguments)
+    values: dict[str, Any] = {}
     for word in rest:
         name, equals, value = word.removeprefix('--').partition('=')
         name = name.replace('-', '_')

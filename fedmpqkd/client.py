@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .bits import RULES, Rule, lasso_moved, moved_share, reduce_precision
 from .core import RunConfig, torch_rng
@@ -61,7 +61,8 @@ def local_batches(
         if len(cuts) > 1 and n - cuts[-1] == 1: cuts.pop()
         for start, stop in zip(cuts, [*cuts[1:], n], strict=True):
             part = order[start:stop]
-            yield part, *(v[part] for v in views)
+            dy, dx, flipped = (v[part] for v in views)
+            yield part, dy, dx, flipped
 
 # %% ../nbs/09_client.ipynb #925f9024
 @dataclass
@@ -82,7 +83,7 @@ class Replica:
         act = None if config.act_bits == 32 else lambda: QuantAct(config.act_bits)
         model = build_model(config.model, classes, config.seed, act=act)
         self.layout = layout(model)
-        self.model: nn.Module = use_pointwise_matmul(model).to(device=torch.device(device), memory_format=torch.channels_last)
+        self.model = use_pointwise_matmul(model).to(device).to(memory_format=torch.channels_last)
         self.state = self.model.state_dict()
         parameters = dict(self.model.named_parameters())
         self.weights = [parameters[n] for n in self.layout.quantized]
@@ -212,7 +213,7 @@ def local_step(
         if lesson.alpha: loss = loss + distillation(lesson, x, y, logits)
     with clock('student'): loss.backward()
     if lesson.rule:
-        with clock('quantise'): lesson.rule.receive([w.grad for w in replica.weights])
+        with clock('quantise'): lesson.rule.receive([torch.zeros_like(w) if w.grad is None else w.grad for w in replica.weights])
     with clock('optimiser'):
         lesson.optimizer.step()
         for p in replica.model.parameters(): p.grad = None
@@ -247,7 +248,7 @@ def prepare(
     "Student, rule, teacher and optimiser of one local round."
     alpha = alpha_at(config, task.round)
     replica.load({n: e for n, e in down[0].entries.items() if isinstance(e, Tensor) and n != ASSIGNMENT})
-    rule, planes, shadows = None, [], replica.weights
+    rule, planes, shadows = None, [], list[Tensor](replica.weights)
     if config.update != 'fp32':
         planes = starting_planes(down[0].entries, replica.layout, config, task.round, task.client)
         g = torch_rng(config.seed, 'quantiser', 2 * task.round + 1, task.client)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .client import Replica, Resident, Result, Task, local_round
-from .core import ALGORITHM_VERSION, Journal, RunConfig, commit, environment, rng, run_id, write_atomic
+from .core import ALGORITHM_VERSION, Journal, RunConfig, commit, environment, packed, rng, run_id, write_atomic
 from .data import Dataset, normalize, stratified_indices
 from .metrics import auc, client_dispersion, ece_from_logits, headline, nll, peak_memory_mib, per_class_accuracy
 from .partition import Partition, split
@@ -56,7 +56,7 @@ class Crew:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         self.size = (workers or cores) if self.device.type == 'cpu' else 1
         self.replicas = [Replica(config, data.data.classes, device) for _ in range(self.size)]
-        self.local, self.free = threading.local(), SimpleQueue()
+        self.local, self.free = threading.local(), SimpleQueue[Replica]()
         for replica in self.replicas: self.free.put(replica)
         self.pool = ThreadPoolExecutor(self.size, initializer=self._begin)
 
@@ -146,10 +146,7 @@ class Memories:
 
     def save(self, client: int, round: int, memory: dict[str, Tensor]) -> None:
         "Remember; the last two versions are kept, so that a repeated round finds its past."
-        import io
-        buffer = io.BytesIO()
-        torch.save(memory, buffer)
-        write_atomic(self.folder / f'{client}_{round}.pt', buffer.getvalue())
+        write_atomic(self.folder / f'{client}_{round}.pt', packed(memory))
         for _, old in self._files(client)[:-2]: old.unlink()
 
 # %% ../nbs/12_federation.ipynb #cdcbaeb3

@@ -114,10 +114,10 @@ def receive(
     if message.round != round: raise WireError(f'a message of round {message.round} in round {round}')
     missing = [n for n in server.state if n not in message.entries]
     if missing: raise WireError(f'client {message.client} sent no {missing[0]}')
-    planes = [message.entries[n] for n in server.layout.quantized]
+    planes = [e for n in server.layout.quantized if isinstance(e := message.entries[n], Planes)]
     weight = message.samples if server.config.aggregate == 'samples' else 1
     server.average.add(message.dense(), weight)
-    if planes and isinstance(planes[0], Planes):
+    if planes:
         server.reports.append(([p.bits for p in planes], [p.delta for p in planes], message.samples, server.budget(message.client)))
 
 # %% ../nbs/10_server.ipynb #c36c06eb

@@ -55,7 +55,7 @@ def test_notebooks_are_clean(copy: Path):
 
 
 def test_every_module_has_a_notebook():
-    written_by_hand = {"__init__", "__main__", "_modidx"}
+    written_by_hand = {"__init__", "_modidx"}
     assert {p.stem for p in MODULES} - written_by_hand == modules_of_notebooks()
 
 
