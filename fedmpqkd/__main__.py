@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as why: raise SystemExit(f'fedmpqkd: {why}') from None
     print('\n' + report(outcome))
     from fedmpqkd.evidence import write_outputs
-    for path in write_outputs(outcome.records, outcome.generated, outcome.experiment): print('wrote', path)
+    try:
+        for path in write_outputs(outcome.records, outcome.generated, outcome.experiment): print('wrote', path)
+    except ImportError as why: print(f'no table and figure for the paper here: {why}')
 
 # %% ../nbs/81_command.ipynb #052f48c4
 if __name__ == '__main__' and '__file__' in globals(): main()

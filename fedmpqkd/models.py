@@ -17,11 +17,8 @@ from functools import partial
 from math import prod
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, fx, nn
 
 from .core import torch_rng
@@ -106,6 +103,7 @@ def mobilenetv2(
     cifar: bool = True,  # stride 1 in the stem and in the 24-channel stage; False keeps timm's strides
 ) -> nn.Module:  # timm's mobilenetv2_100
     "MobileNetV2 of width 1.0."
+    import timm
     model: Any = timm.create_model('mobilenetv2_100', num_classes=classes)
     if cifar:
         model.conv_stem.stride = (1, 1)
@@ -120,6 +118,7 @@ def vit(
     heads: int,  # attention heads
 ) -> nn.Module:  # for 32x32 images
     "Vision transformer on 4x4 patches of a 32x32 image."
+    from timm.models.vision_transformer import VisionTransformer
     return VisionTransformer(img_size=32, patch_size=4, num_classes=classes,
                              embed_dim=dim, depth=depth, num_heads=heads)
 
@@ -319,6 +318,11 @@ def _trace(model: nn.Module) -> fx.Graph | None:
     except Exception: return None
 
 # %% ../nbs/04_models.ipynb #4bf8c74f
+def _is_batchnorm(m: nn.Module) -> bool:
+    "PyTorch's batch normalisation, or timm's with the activation inside (known by name: timm is imported only where it builds)."
+    return type(m) is nn.BatchNorm2d or type(m).__name__ == 'BatchNormAct2d'
+
+
 def _conv_bn_nodes(
     graph: fx.Graph,  # of `model`
     model: nn.Module,  # whose modules the graph calls
@@ -329,7 +333,7 @@ def _conv_bn_nodes(
     pairs = []
     for node in calls:
         bn, before = model.get_submodule(str(node.target)), node.args[0] if node.args else None
-        if type(bn) not in (nn.BatchNorm2d, BatchNormAct2d) or not (bn.affine and bn.track_running_stats): continue
+        if not _is_batchnorm(bn) or not (bn.affine and bn.track_running_stats): continue
         if not (isinstance(before, fx.Node) and before.op == 'call_module' and len(before.users) == 1): continue
         plain = type(model.get_submodule(str(before.target))) in (nn.Conv2d, PointwiseConv2d)
         if plain and {node.target, before.target} <= once: pairs.append((before, node))
@@ -360,7 +364,7 @@ def _fold_graph(
         bn: Any = model.get_submodule(names[1])
         pairs.append(FoldedPair(*names, bn.num_features, bn.eps, conv.bias is not None))
         if conv.bias is None: conv.bias = nn.Parameter(torch.zeros_like(bn.running_mean))
-        if isinstance(bn, BatchNormAct2d): model.set_submodule(names[1], bn.act)
+        if type(bn) is not nn.BatchNorm2d: model.set_submodule(names[1], bn.act)
         else:
             bn_node.replace_all_uses_with(conv_node)
             graph.erase_node(bn_node)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from .core import rng
 
@@ -40,8 +39,9 @@ class Partition:
         "Images per client, int64 [K]."
         return np.array([len(p) for p in self.parts])
 
-    def table(self, y: Any, classes: int) -> pd.DataFrame:
-        "Counts, one row a client and one column a class."
+    def table(self, y: Any, classes: int) -> Any:
+        "Counts as a data frame, one row a client and one column a class."
+        import pandas as pd
         labels = as_labels(y, 1)
         rows = [np.bincount(labels[p], minlength=classes) for p in self.parts]
         return pd.DataFrame(rows, index=pd.RangeIndex(len(rows), name='client'))
