@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORKLOADS', 'PHASES', 'Workload', 'synthetic', 'load_images', 'Job', 'config_of', 'Timing', 'ours', 'train_bare',
-           'test_bare', 'bare', 'Views', 'parts_of', 'client_loader', 'train_loader', 'flower_client', 'flower_server',
+           'judge_bare', 'bare', 'Views', 'parts_of', 'client_loader', 'train_loader', 'flower_client', 'flower_server',
            'flower', 'matmul_peak', 'round_flops', 'Stopwatch', 'server_clock', 'first_round', 'profile', 'family',
            'memory_mib', 'watch_process', 'work', 'child', 'child_environment', 'spawn', 'make_record', 'entries',
            'obstacle', 'schedule', 'write_records', 'read_records', 'measure', 'ratios', 'spread', 'bench_table',
@@ -13,8 +13,6 @@ __all__ = ['WORKLOADS', 'PHASES', 'Workload', 'synthetic', 'load_images', 'Job',
 
 # %% ../nbs/19_bench.ipynb #e1a61319
 import argparse
-import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -40,7 +38,7 @@ from torch import Tensor, nn
 
 from . import federation, server
 from .client import Resident, local_batches
-from .core import RunConfig, as_list, commit, environment, has_bf16, project_root, torch_rng, write_atomic
+from .core import RunConfig, as_list, commit, environment, has_bf16, torch_rng, write_atomic
 from .data import Dataset, from_tensors, load_dataset, normalize
 from .experiments import choose_device, choose_precision
 from .federation import open_run, participants, play
@@ -172,7 +170,7 @@ def train_bare(
 
 # %% ../nbs/19_bench.ipynb #3a730e59
 @torch.inference_mode()
-def test_bare(
+def judge_bare(
     model: nn.Module,  # judged
     data: Dataset,  # test images
     precision: str = 'fp32',  # or bf16
@@ -191,7 +189,7 @@ def bare(job: Job) -> Timing:
     w, config = job.workload, config_of(job)
     data = Resident.of(load_images(w), job.device)
     parts = [torch.from_numpy(p) for p in split(data.labels.cpu().numpy(), w.clients, w.partition, config.seed, w.dirichlet).parts]
-    model = build_model(w.model, w.classes, config.seed).to(job.device, memory_format=torch.channels_last)
+    model = build_model(w.model, w.classes, config.seed).to(device=torch.device(job.device), memory_format=torch.channels_last)
     state = {n: t.clone() for n, t in model.state_dict().items()}
     timing, sizes = Timing(time.time()), [len(p) for p in parts]
     for round in range(config.rounds):
@@ -203,7 +201,7 @@ def bare(job: Job) -> Timing:
             for n, t in model.state_dict().items(): mean[n] += (t * (sizes[k] / sum(sizes[j] for j in chosen))).to(t.dtype)
         state = mean
         model.load_state_dict(state)
-        test_bare(model, data.data, job.precision)
+        judge_bare(model, data.data, job.precision)
         timing.seconds.append(time.perf_counter() - start)
         timing.images.append(config.local_epochs * sum(sizes[k] for k in chosen)); timing.steps.append(steps)
     return replace(timing, state=state)
@@ -220,7 +218,7 @@ class Views(torch.utils.data.TensorDataset):
         return self.transform(x), y
 
 @lru_cache(maxsize=1)
-def parts_of(workload: Workload) -> list[np.ndarray]:
+def parts_of(workload: Workload) -> Sequence[np.ndarray]:
     "Who holds which images."
     w = workload
     return split(load_images(w).train_y.numpy(), w.clients, w.partition, 0, w.dirichlet).parts
@@ -298,7 +296,7 @@ def flower_server(
         def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord | None:
             if round == 0: timing.began, clock[0] = time.time(), time.perf_counter(); return None
             model.load_state_dict(arrays.to_torch_state_dict())
-            accuracy = test_bare(model, load_images(w).to(job.device))
+            accuracy = judge_bare(model, load_images(w).to(job.device))
             now = time.perf_counter()
             timing.seconds.append(now - clock[0]); clock[0] = now
             return MetricRecord({'accuracy': accuracy})

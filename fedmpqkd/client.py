@@ -11,7 +11,7 @@ __all__ = ['ASSIGNMENT', 'Resident', 'local_batches', 'Clock', 'Replica', 'manif
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -266,7 +266,8 @@ def finished_planes(
     c = lesson.config
     if lesson.rule is None: return []
     stochastic = c.rounding_up == 'stochastic'
-    return lesson.rule.finish(torch_rng(c.seed, 'quantiser', 2 * task.round, 2**20 + task.client) if stochastic else None)
+    planes = lesson.rule.finish(torch_rng(c.seed, 'quantiser', 2 * task.round, 2**20 + task.client) if stochastic else None)
+    return [replace(p, levels=p.levels.cpu(), sign=p.sign.cpu()) for p in planes]
 
 # %% ../nbs/09_client.ipynb #42214e09
 def uplink_entries(

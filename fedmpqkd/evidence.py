@@ -414,9 +414,11 @@ def reading(
 ) -> str:  # Markdown, one paragraph
     "What the table says, in sentences."
     runs, entries = runs_frame(records), table(records)
-    single = 'single seed: a demonstration, not evidence.' if entries['n'].max() == 1 else ''
+    alone = [f'`{m}`' for m in entries.index[entries['n'] == 1]]
+    whose = '' if len(alone) == len(entries) else f' of {", ".join(alone)}'
+    single = f'A single seed{whose}: a demonstration, not evidence.' if alone else ''
     total = f'All {len(runs)} runs together took {runs.seconds.sum():,.0f} s on {hardware(records)}.'
-    sentences = [single.capitalize(), _say_leader(runs, entries), _say_gain(records), _say_cost(runs), _say_bits(records, runs),
+    sentences = [single, _say_leader(runs, entries), _say_gain(records), _say_cost(runs), _say_bits(records, runs),
                  _say_uniform(records, entries), total]
     return ' '.join(s for s in sentences if s) + '\n'
 
@@ -473,7 +475,14 @@ def _pdf(records: Sequence[dict]) -> bytes:
         figure.savefig(buffer, format='pdf', metadata={'CreationDate': None})
     return buffer.getvalue()
 
-# %% ../nbs/17_evidence.ipynb #588365e5
+# %% ../nbs/17_evidence.ipynb #b5ec1173
+def _panels(entries: pd.DataFrame, source: str) -> str:
+    "The table for LaTeX, quality above costs."
+    costs = [heading for heading, (_, _, way) in _COLUMNS.items() if not way]
+    upper, lower = to_latex(entries.drop(columns=costs, level=0), source), to_latex(entries[['n', *costs]], source)
+    return upper + '\n\\medskip\n\n' + lower.split('\n', 1)[1]
+
+# %% ../nbs/17_evidence.ipynb #2893c212
 def write_outputs(
     records: Sequence[dict],  # comparable ones
     folder: Path,  # 'paper/generated'
@@ -484,6 +493,7 @@ def write_outputs(
     source = f'nbs/{name}.ipynb'
     page = [to_markdown(entries), caption(records), reading(records).strip(), to_markdown(comparisons(records))]
     if name == 'exp1': page.append(to_markdown(beside_the_paper(records)))
-    files = {'.tex': to_latex(entries, source).encode(), '_caption.tex': (escape(caption(records)) + '%\n').encode(),
+    files = {'.tex': _panels(entries, source).encode(),
+             '_caption.tex': f'% Written by {source}: do not edit\n\\def\\generatedcaption{{{escape(caption(records))}}}\n'.encode(),
              '.md': ('\n\n'.join(part.strip() for part in page) + '\n').encode(), '.pdf': _pdf(records)}
     return [write_atomic(folder / f'{name}{ending}', content) for ending, content in files.items()]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Planes', 'check_bits', 'round_stochastic', 'quantize', 'StraightThrough', 'nearest_level', 'fake_quantize',
-           'choose_qparams_affine', 'quantize_affine', 'dequantize_affine', 'quantize_activation', 'QuantAct']
+           'choose_qparams_affine', 'quantize_affine', 'dequantize_affine', 'qsgd', 'quantize_activation', 'QuantAct']
 
 # %% ../nbs/05_quantize.ipynb #d2cfae7d
 from collections.abc import Callable
@@ -108,6 +108,21 @@ def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> 
 def dequantize_affine(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     "fp32 values of levels."
     return (q.to(torch.float32) - zero_point) * scale
+
+# %% ../nbs/05_quantize.ipynb #02abafa9
+def qsgd(
+    v: Tensor,  # an update, any shape
+    levels: int,  # s >= 1
+    generator: torch.Generator | None = None,  # CPU generator of a named stream
+    norm: str = '2',  # '2' or 'max'
+) -> tuple[Tensor, Tensor, Tensor]:  # levels 0..s uint8, sign int8 (+1 for zero), norm 0-dim
+    "Stochastic quantisation of QSGD with one norm for the whole tensor."
+    if norm not in ('2', 'max'): raise ValueError(f"norm={norm!r}: allowed are '2' and 'max'")
+    if not 1 <= levels <= 255: raise ValueError(f'levels={levels}: must be in [1, 255]')
+    size = torch.linalg.vector_norm(v) if norm == '2' else v.abs().max()
+    a = v.abs() * (levels / size) if size > 0 else torch.zeros_like(v)
+    xi = round_stochastic(a, generator).clamp_(max=levels).to(torch.uint8)
+    return xi, torch.where((v < 0) & (xi > 0), -1, 1).to(torch.int8), size
 
 # %% ../nbs/05_quantize.ipynb #609ece61
 def quantize_activation(
