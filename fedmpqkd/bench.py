@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WORKLOADS', 'PHASES', 'Workload', 'synthetic', 'load_images', 'Job', 'config_of', 'Timing', 'ours', 'train_bare',
-           'judge_bare', 'bare', 'Views', 'parts_of', 'client_loader', 'train_loader', 'flower_client', 'flower_server',
-           'flower', 'matmul_peak', 'round_flops', 'Stopwatch', 'server_clock', 'first_round', 'profile', 'family',
-           'memory_mib', 'watch_process', 'work', 'child', 'child_environment', 'spawn', 'make_record', 'entries',
-           'obstacle', 'schedule', 'write_records', 'read_records', 'measure', 'ratios', 'spread', 'bench_table',
-           'to_markdown', 'phase_table', 'hardware', 'scaling_points', 'measure_scaling', 'scaling_table',
-           'scaling_verdict', 'plot_scaling', 'parser', 'workload_of', 'report', 'main', 'run_command']
+           'judge_bare', 'bare', 'Views', 'parts_of', 'client_loader', 'train_loader', 'flower_client', 'flower_tally',
+           'flower_server', 'flower', 'matmul_peak', 'round_flops', 'Stopwatch', 'server_clock', 'first_round',
+           'profile', 'family', 'memory_mib', 'watch_process', 'work', 'child', 'child_environment', 'spawn',
+           'make_record', 'entries', 'obstacle', 'schedule', 'write_records', 'read_records', 'measure', 'ratios',
+           'spread', 'bench_table', 'to_markdown', 'phase_table', 'hardware', 'scaling_points', 'measure_scaling',
+           'scaling_table', 'scaling_verdict', 'plot_scaling', 'parser', 'workload_of', 'report', 'main', 'run_command']
 
 # %% ../nbs/19_bench.ipynb #e1a61319
 import argparse
@@ -189,7 +189,7 @@ def bare(job: Job) -> Timing:
     w, config = job.workload, config_of(job)
     data = Resident.of(load_images(w), job.device)
     parts = [torch.from_numpy(p) for p in split(data.labels.cpu().numpy(), w.clients, w.partition, config.seed, w.dirichlet).parts]
-    model = build_model(w.model, w.classes, config.seed).to(device=torch.device(job.device), memory_format=torch.channels_last)
+    model = build_model(w.model, w.classes, config.seed).to(job.device).to(memory_format=torch.channels_last)
     state = {n: t.clone() for n, t in model.state_dict().items()}
     timing, sizes = Timing(time.time()), [len(p) for p in parts]
     for round in range(config.rounds):
@@ -273,7 +273,22 @@ def flower_client(
 
     return app
 
-# %% ../nbs/19_bench.ipynb #694aa835
+# %% ../nbs/19_bench.ipynb #4a890d77
+def flower_tally(
+    job: Job,  # epochs, clients
+    timing: Timing,  # filled in
+) -> Callable:  # for the strategy's `train_metrics_aggr_fn`
+    "Count what Flower's clients did in a round."
+    from flwr.app import MetricRecord
+    w = job.workload
+    def count(replies: list, key: str) -> MetricRecord:
+        column = lambda name: sum(int(r['metrics'][name]) for r in replies)
+        timing.images.append(w.local_epochs * column(key)); timing.steps.append(column('steps'))
+        timing.failed += max(1, int(w.clients * w.participation)) - len(replies)
+        return MetricRecord({'images': timing.images[-1]})
+    return count
+
+# %% ../nbs/19_bench.ipynb #0131a0e7
 def flower_server(
     job: Job,  # rounds and participation
     timing: Timing,  # filled in as rounds end
@@ -284,26 +299,18 @@ def flower_server(
     from flwr.serverapp.strategy import FedAvg
     app, w = ServerApp(), job.workload
 
-    def count(replies: list, key: str) -> MetricRecord:
-        column = lambda name: sum(int(r['metrics'][name]) for r in replies)
-        timing.images.append(w.local_epochs * column(key)); timing.steps.append(column('steps'))
-        timing.failed += max(1, int(w.clients * w.participation)) - len(replies)
-        return MetricRecord({'images': timing.images[-1]})
-
     @app.main()
     def main(grid: Any, context: Any) -> None:
-        model, clock = build_model(w.model, w.classes).to(job.device), [time.perf_counter()]
+        model, data, clock = build_model(w.model, w.classes).to(job.device), load_images(w).to(job.device), [0.0]
         def evaluate(round: int, arrays: ArrayRecord) -> MetricRecord | None:
             if round == 0: timing.began, clock[0] = time.time(), time.perf_counter(); return None
             model.load_state_dict(arrays.to_torch_state_dict())
-            accuracy = judge_bare(model, load_images(w).to(job.device))
-            now = time.perf_counter()
+            accuracy, now = judge_bare(model, data), time.perf_counter()
             timing.seconds.append(now - clock[0]); clock[0] = now
             return MetricRecord({'accuracy': accuracy})
         strategy = FedAvg(fraction_train=w.participation, fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=1,
-                          train_metrics_aggr_fn=count)
-        result = strategy.start(grid=grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=job.rounds, evaluate_fn=evaluate)
-        timing.state = result.arrays.to_torch_state_dict()
+                          train_metrics_aggr_fn=flower_tally(job, timing))
+        strategy.start(grid=grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=job.rounds, evaluate_fn=evaluate)
 
     return app
 
@@ -489,7 +496,8 @@ def child_environment(
 ) -> dict[str, str]:
     "Environment variables of a child process."
     threads = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), str(job.threads))
-    quiet = dict(FLWR_TELEMETRY_ENABLED='0', FLWR_DISABLE_UPDATE_CHECK='1', FLWR_HOME=str(folder), RAY_USAGE_STATS_ENABLED='0', RAY_TMPDIR=str(folder))
+    quiet = dict(FLWR_TELEMETRY_ENABLED='0', FLWR_DISABLE_UPDATE_CHECK='1', FLWR_HOME=str(folder), RAY_USAGE_STATS_ENABLED='0')
+    quiet |= dict(RAY_TMPDIR=str(folder), TMPDIR=str(folder))
     package = Path(str(importlib.util.find_spec('fedmpqkd').origin)).parents[1]  # type: ignore[union-attr]
     paths = os.pathsep.join(p for p in (str(package), os.environ.get('PYTHONPATH', '')) if p)
     return os.environ | threads | quiet | dict(PYTHONPATH=paths) | (dict(CUDA_LAUNCH_BLOCKING='1') if job.profile else {})
@@ -596,9 +604,10 @@ def measure(
         dict(workload=job.workload.name, entry=job.name, kind=job.kind, skipped=why) | extra for job, why in reasons.items() if why]
     able, made_by = [job for job, why in reasons.items() if not why], commit()
     for repeat, job in schedule(able, repeats):
-        load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None
+        load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None  # before, so that it speaks of others
         records.append(make_record(job, spawn(job), repeat) | dict(load=load, commit=made_by) | extra)
-        print(f'repeat {repeat + 1}/{repeats} {job.workload.name} {job.name}: {statistics.median(records[-1]["seconds_per_round"]):.2f} s a round', flush=True)
+        seconds, where = statistics.median(records[-1]['seconds_per_round']), ' '.join(map(str, (job.workload.name, *extra.values())))
+        print(f'repeat {repeat + 1}/{repeats} {where} {job.name}: {seconds:.2f} s a round', flush=True)
         if path: write_records(path, records)
     for job in able if phases else []:
         if job.kind == 'peer': continue
@@ -699,8 +708,8 @@ def measure_scaling(
     records: list[dict[str, Any]] = []
     for repeat in range(repeats):
         for axis, x, workload in scaling_points(base):
-            new = measure([Job(workload, entry, **circumstances)], 1, phases=False, axis=axis, x=x)
-            records += [record | dict(repeat=repeat) for record in new]
+            [new] = measure([Job(workload, entry, **circumstances)], 1, phases=False, axis=axis, x=x)
+            records.append(new | dict(repeat=repeat))
             if path: write_records(path, records)
     return records
 
@@ -791,8 +800,8 @@ def report(
         table = scaling_table(points)
         parts.append(table.to_string(index=False) + '\n\n' + ', '.join(f'{k} {v:.3g}' for k, v in scaling_verdict(table).items()))
     skipped = dict.fromkeys(f"skipped: {r['entry']} ({r['skipped']})" for r in records if 'skipped' in r)
-    busy = max((r['load'] for r in records if r.get('load') is not None), default=0.0)
-    notes = [*skipped, *([f'the machine was not idle: load {busy:.1f} at worst'] if busy > 4 else [])]
+    busy = max((r['load'] - r['threads'] for r in records if r.get('load') is not None), default=0.0)
+    notes = [*skipped, *([f'the machine had other work: its load was up to {busy:.1f} above the threads of an entry'] if busy > 1.5 else [])]
     return '\n\n'.join([part for part in parts if part] + (['\n'.join(notes)] if notes else []))
 
 # %% ../nbs/19_bench.ipynb #d15bdcf9

@@ -204,7 +204,8 @@ def to_latex(
 ) -> str:  # a tabular in the manner of booktabs
     "A table for LaTeX."
     texts = _texts(table, _LATEX)
-    layout = 'l' + 'r' * (texts.shape[1] - 1)
+    left = [True] + [False] * (texts.shape[1] - 1) if table.columns.nlevels > 1 else [not pd.api.types.is_numeric_dtype(k) for k in table.dtypes]
+    layout = ''.join('l' if text else 'r' for text in left)
     return f'% Written by {source}: do not edit\n' + texts.style.hide(axis='index').to_latex(hrules=True, column_format=layout)
 
 # %% ../nbs/17_evidence.ipynb #193e6955
@@ -236,6 +237,7 @@ def plot_curves(
         ax.plot(at, mean, style, color=colour, linewidth=1.2, label=method)
         if std is not None: ax.fill_between(at, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
     ax.set(xlabel='round' if x == 'round' else 'MB sent, both directions', ylabel='accuracy %')
+    if x == 'round': ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False, fontsize=6)
     return ax
 
@@ -396,7 +398,7 @@ def _say_uniform(records: Sequence[dict], entries: pd.DataFrame) -> str:
     found = comparisons(records, [('fedmpq', 'qat-uniform')]).iloc[0]
     noise = entries.loc[['fedmpq', 'qat-uniform'], ('Accuracy %', 'std')].max()
     if math.isnan(noise): tail = 'one seed cannot tell whether that is noise'
-    elif abs(found.difference) <= noise: tail = f'within the spread over seeds ({noise:.2f}): it equals uniform quantisation here'
+    elif abs(found.difference) <= noise: tail = f'within the spread over seeds ({noise:.2f}): as far as these seeds can tell it equals uniform quantisation'
     else: tail = f'more than the spread over seeds ({noise:.2f})'
     return f'`fedmpq` and `qat-uniform` differ by {found.difference:+.2f} points (n={found.n}), {tail}.'
 

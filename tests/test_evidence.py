@@ -207,6 +207,14 @@ def test_names_are_escaped(odd_name: str):
     assert r"\|" in evidence.to_markdown(t)
 
 
+def test_ordinary_frames_can_be_written_too():
+    frame = pd.DataFrame(dict(a_b=["x|y", "50%"], n=[1, 2], value=[0.000493, math.nan]))
+    assert evidence.to_markdown(frame).splitlines()[2:] == [r"| x\|y | 1 | 0.000493 |", "| 50% | 2 | – |"]
+    latex = evidence.to_latex(frame, "nbs/exp2.ipynb")
+    assert r"\begin{tabular}{lrr}" in latex and r"a\_b & n & value" in latex and r"50\% & 2 & -- \\" in latex
+    assert r"x\textbar{}y & 1 & $0.000493$ \\" in latex and latex.startswith("% Written by nbs/exp2.ipynb")
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
 def test_latex_compiles(tmp_path: Path, odd_name: str):
     records = THREE + rows(odd_name, (70, 71, 72)) + rows("fedmpq-kd-delivered", (83, 84, 85))
@@ -352,7 +360,7 @@ def test_reading_notices_what_did_not_happen():
 
 
 @pytest.mark.parametrize("uniform, said", [
-    ((82.0, 82.1, 82.2), "within the spread over seeds (0.30): it equals uniform quantisation here"),
+    ((82.0, 82.1, 82.2), "within the spread over seeds (0.30): as far as these seeds can tell it equals uniform quantisation"),
     ((80.0, 80.1, 80.2), "more than the spread over seeds (0.30)"), ((82.0,), "one seed cannot tell")])
 def test_reading_compares_with_uniform_quantisation(uniform: tuple, said: str):
     assert said in evidence.reading(rows("fedmpq", PLAIN[:len(uniform)]) + rows("qat-uniform", uniform))
