@@ -137,7 +137,7 @@ def msb_hinge(
     w: Tensor,  # latent weights
     scale: Tensor,  # S, 0-dim
     bits: int,  # N
-) -> Tensor:  # max(|w|/S - threshold, 0), zero everywhere iff the most significant plane is empty
+) -> Tensor:  # max(|w|/S - threshold, 0); on the grid zero everywhere iff the most significant plane is empty
     "How far each weight reaches into the most significant plane."
     return (w.abs() / scale.clamp_min(1e-30) - (2 ** (bits - 1) - 1) / (2**bits - 1)).clamp_min(0)
 

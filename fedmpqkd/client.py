@@ -153,7 +153,8 @@ def teacher_state(
     state = {n: t for n, t in down[0].dense().items() if n != ASSIGNMENT}
     if config.teacher == 'q8' and len(down) > 1: return state | down[1].dense()
     if config.teacher == 'ema': return ema_update(memory, state)
-    if config.teacher == 'delivered' and ASSIGNMENT in down[0].entries: raise WireError('a delivered teacher needs a quantised message')
+    if config.teacher == 'delivered' and ASSIGNMENT in down[0].entries:
+        raise WireError('a delivered teacher needs a quantised message')
     return state
 
 # %% ../nbs/09_client.ipynb #3aecad1d
@@ -255,7 +256,8 @@ def prepare(
         rule = RULES[config.update](config, planes, [w.data for w in replica.weights], g)
         shadows = rule.shadows()
     teacher = replica.predictor(teacher_state(config, down, task.memory)) if alpha else None
-    return Lesson(config, alpha, temperature_at(config, task.round), teacher, rule, make_optimizer(config, [*replica.others, *shadows]), clock), planes
+    optimizer = make_optimizer(config, [*replica.others, *shadows])
+    return Lesson(config, alpha, temperature_at(config, task.round), teacher, rule, optimizer, clock), planes
 
 # %% ../nbs/09_client.ipynb #f3c98a14
 def finished_planes(

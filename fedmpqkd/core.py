@@ -307,7 +307,7 @@ class Journal:
 
     def finish(self, record: dict[str, Any]) -> Path:
         "Write the record, then remove the working folder."
-        write_atomic(self.record_path, (json.dumps(record, indent=1, sort_keys=True) + '\n').encode())
+        write_atomic(self.record_path, (json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + '\n').encode())
         shutil.rmtree(self.folder, ignore_errors=True)
         return self.record_path
 

@@ -69,7 +69,8 @@ class Crew:
         "The networks of the calling worker; outside of the pool, the first worker's."
         return getattr(self.local, 'replica', self.replicas[0])
 
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any], cost: Callable[[Any], float] = lambda item: 0) -> Iterator[Any]:
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any],
+            cost: Callable[[Any], float] = lambda item: 0) -> Iterator[Any]:
         "Results in the order of the items; the most expensive items start first."
         items = list(items)
         order = sorted(range(len(items)), key=lambda i: -cost(items[i]))
@@ -91,7 +92,8 @@ def predict(
         model, out = crew.replica.predictor(state), []
         for i in chosen.split(batch if crew.device.type == 'cpu' else 1000):
             x = normalize(data.test_x[i.to(crew.device)], data.mean, data.std).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(crew.device.type, torch.bfloat16, enabled=crew.config.precision == 'bf16'): out.append(model(x).float().cpu())
+            with torch.autocast(crew.device.type, torch.bfloat16, enabled=crew.config.precision == 'bf16'):
+                out.append(model(x).float().cpu())
         return torch.cat(out)
     return torch.cat(list(crew.map(part, index.chunk(crew.size))))
 
@@ -104,9 +106,10 @@ def judge(
     "Quality of one model."
     data = crew.data.data
     logits, y = predict(crew, state, index), data.test_y.cpu()[index]
-    if not torch.isfinite(logits).all(): return dict(accuracy=100 / data.classes, ece=1.0, nll=float('inf'), per_class=[], diverged=True)
+    if not torch.isfinite(logits).all():
+        return dict(accuracy=100 / data.classes, ece=1.0, per_class=[], diverged=True)
     accuracy = 100 * int((logits.argmax(1) == y).sum()) / len(y)
-    return dict(accuracy=accuracy, ece=ece_from_logits(logits, y), nll=nll(logits, y),
+    return dict(accuracy=accuracy, ece=ece_from_logits(logits, y), nll=nll(logits, y), diverged=False,
                 per_class=per_class_accuracy(logits, y, data.classes).tolist())
 
 # %% ../nbs/12_federation.ipynb #9c21e028
@@ -125,10 +128,12 @@ def judge_round(
     index = full if late else part
     by_budget = {b: judge(crew, deployed(server, b), index if quantised or last else part) for b in sorted(set(budgets))}
     fp = judge(crew, server.state, full if last else part) if quantised else judge(crew, server.state, index)
-    mean = {key: float(np.mean([by_budget[b][key] for b in budgets])) for key in ('accuracy', 'ece', 'nll')}
+    diverged = fp['diverged'] or any(v['diverged'] for v in by_budget.values())
+    keys = ('accuracy', 'ece') if diverged else ('accuracy', 'ece', 'nll')
+    mean = {key: float(np.mean([by_budget[b][key] for b in budgets])) for key in keys}
     head = mean if quantised else {key: fp[key] for key in mean}
     line = head | dict(deployed={f'{b:g}': v['accuracy'] for b, v in by_budget.items()}, accuracy_quantised=mean['accuracy'],
-                       accuracy_fp=fp['accuracy'], images=len(index))
+                       accuracy_fp=fp['accuracy'], images=len(index)) | (dict(diverged=True) if diverged else {})
     return line | dict(per_class=by_budget[max(budgets)]['per_class'] if quantised else fp['per_class']) if last else line
 
 # %% ../nbs/12_federation.ipynb #d00acf9d
@@ -192,15 +197,15 @@ def run_round(
         run.meter.add('up', result.message, k)
         try: receive(run.server, result.message, round)
         except WireError as why: problems[k] = str(why)
-    arrived = aggregate(run.server)
-    return dict(round=round + 1, sampled=len(chosen), arrived=arrived, failed={str(k): v for k, v in problems.items()}) | summary_of(logs)
+    line = dict(round=round + 1, sampled=len(chosen), arrived=aggregate(run.server))
+    return line | dict(failed={str(k): v for k, v in problems.items()}) | summary_of(logs)
 
 # %% ../nbs/12_federation.ipynb #e7cb4243
 def summary_of(logs: list[dict[str, Any]]) -> dict[str, Any]:
     "One line from the clients' logs."
     line: dict[str, Any] = {}
     for key in ('loss', 'kd', 'moved', 'lasso_moved'):
-        values = [log[key] for log in logs if key in log]
+        values = [log[key] for log in logs if np.isfinite(log.get(key, np.nan))]
         if values: line[key] = float(np.mean(values))
     line['skipped'] = sum(log['skipped'] for log in logs)
     line['steps'] = sum(log['steps'] for log in logs)

@@ -58,7 +58,7 @@ class Server:
         self.config, self.layout, self.manifest = config, shape, manifest_of(shape)
         self.state = {n: t.detach().cpu().contiguous().clone() for n, t in state.items()}
         self.mean_bits: list[int] = []
-        self.mean_loss: list[int] = []
+        self.mean_loss: list[int] = []  # rounded mean of lost bits + 1; no training loss
         self._start_round()
 
     def _start_round(self) -> None:

@@ -33,7 +33,7 @@ def without_widgets(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def refresh(path: Path) -> None:
     "Execute one notebook in its own folder and write it back; a failing notebook is left as it was."
     nb = nbformat.read(path, 4)
-    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(nb, coalesce_streams=True, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     nbformat.write(without_widgets(nb), path)
     clean = Path(sys.executable).with_name("nbdev_clean")
     subprocess.run([clean, "--fname", path], cwd=path.parent, check=True)  # counts, timestamps, kernel versions
