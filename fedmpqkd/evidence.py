@@ -98,7 +98,7 @@ def _row(record: dict) -> dict[str, Any]:
         method=c['method'], seed=c['seed'], accuracy=s['accuracy'], accuracy_fp=_last(record, 'accuracy_fp'),
         accuracy_quantised=_last(record, 'accuracy_quantised'), ece=s['ece'], auc_norm=s['auc']['norm'], auc_sum=s['auc']['sum'],
         client_std=s['dispersion'].get('std', math.nan), bytes_down=s['bytes_down'] / rounds, bytes_up=s['bytes_up'] / rounds,
-        seconds_per_round=s['seconds_per_round'], seconds=s['seconds'], rounds=rounds, moved=last.get('moved', math.nan),
+        seconds_per_round=min(line['seconds_training'] for line in record['curve']), seconds=s['seconds'], rounds=rounds, moved=last.get('moved', math.nan),
         lasso_moved=last.get('lasso_moved', math.nan), train=record['data']['train'], test=record['data']['test'],
         deploys='fp32' if c['update'] == 'fp32' else 'quantised', device=record['environment']['device'],
         workers=record['environment'].get('workers', math.nan))
@@ -378,7 +378,7 @@ def _say_cost(runs: pd.DataFrame) -> str:
     text = (f'`fedmpq-kd` sends {kd.bytes_down / 1e6:.2f} MB down and {kd.bytes_up / 1e6:.2f} MB up per round where `fedmpq` sends '
             f'{plain.bytes_down / 1e6:.2f} and {plain.bytes_up / 1e6:.2f} ({more.bytes_down:+.1f} % down, {more.bytes_up:+.1f} % up)')
     if not len(slower): return text + '; its time cannot be compared, since the two ran on different machines.'
-    return text + f', and a round takes {abs(slower.mean()):.1f} % {"more" if slower.mean() >= 0 else "less"} time (median round, {_many(len(slower), "paired seed")}).'
+    return text + f', and a round takes {abs(slower.mean()):.1f} % {"more" if slower.mean() >= 0 else "less"} time (fastest round, {_many(len(slower), "paired seed")}).'
 
 # %% ../nbs/17_evidence.ipynb #ab348005
 def _say_bits(records: Sequence[dict], runs: pd.DataFrame) -> str:
@@ -456,7 +456,7 @@ def caption(
     full = [m for m in runs.method.unique() if (runs[runs.method == m].deploys == 'fp32').all()]
     return (f'{r["data"]["name"]}, {r["data"]["train"]:,} training and {r["data"]["test"]:,} test images, {c.model}, {c.clients} clients, '
             f'{f"Dirichlet {c.dirichlet:g}" if c.partition == "dirichlet" else c.partition}, {_many(c.rounds, "round")} of '
-            f'{_many(c.local_epochs, "local epoch")}{distils}; {_seeds(runs)}; {c.precision} on {hardware(records)}; '
+            f'{_many(c.local_epochs, "local epoch")}, {"/".join(f"{b:g}" for b in sorted(set(c.bits)))} bits a weight{distils}; {_seeds(runs)}; {c.precision} on {hardware(records)}; '
             f'preset {scale_of(r) or "none (own setting)"}. Accuracy is that of the deployed model, '
             + (f'fp32 for {", ".join(full)}, quantised for all others, ' if full else 'quantised, ')
             + f'mean of the last {_many(last, "round")}. {spread}')

@@ -43,7 +43,9 @@ def make_config(
 ) -> RunConfig:  # validated
     "The configuration of one run of a method."
     if method not in RECIPES: raise ValueError(f'unknown method {method!r}; choose from {", ".join(RECIPES)}')
-    config = config_from(fields | RECIPES[method] | dict(method=method))
+    recipe = RECIPES[method]
+    if 'teacher' in recipe and 'alpha' not in fields | recipe: raise ValueError(f'{method} distils: give alpha (0 switches it off)')
+    config = config_from(fields | recipe | dict(method=method))
     defaults = RunConfig()
     unused = (_KD_FIELDS if config.alpha == 0 else ()) + (_BIT_FIELDS if config.update == 'fp32' else ())
     return dataclasses.replace(config, **{f: getattr(defaults, f) for f in unused})

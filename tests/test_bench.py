@@ -113,7 +113,7 @@ def test_synthetic_images_do_not_depend_on_the_global_seed():
     one = synthetic(20, 10, 10)
     torch.manual_seed(2)
     assert one.fingerprint == synthetic(20, 10, 10).fingerprint != synthetic(21, 10, 10).fingerprint
-    assert one.train_y.bincount().tolist() == [2] * 10 and one.train_x.std() > 10
+    assert one.train_y.bincount().tolist() == [2] * 10 and one.train_x.float().std() > 10
 
 
 @pytest.mark.parametrize("model", ["resnet8", "resnet20"])

@@ -40,8 +40,8 @@ def record(method: str, seed: int, accuracy: float, *, down: int = 1_500_000, up
         data=dict(name="digits", fingerprint="f", train=1000, test=500, classes=10),
         summary=dict(accuracy=accuracy, accuracy_last=accuracy, accuracy_fp=0.0, accuracy_quantised=0.0, ece=0.05,
                      auc=dict(sum=n * accuracy, trapz=(n - 1) * accuracy, norm=accuracy), dispersion=dict(std=3.0), bytes_down=n * down,
-                     bytes_up=n * up, seconds_per_round=seconds, seconds=10.0),
-        curve=[dict(line, round=t + 1) for t in range(n)], environment=dict(device=device, cores=2, workers=2))
+                     bytes_up=n * up, seconds=10.0),
+        curve=[dict(line, round=t + 1, seconds_training=seconds + t) for t in range(n)], environment=dict(device=device, cores=2, workers=2))
 
 
 def rows(method: str, accuracies, **kw) -> list[dict]:
@@ -368,7 +368,7 @@ def test_reading_compares_with_uniform_quantisation(uniform: tuple, said: str):
 
 def test_caption_says_what_there_is():
     text = evidence.caption(THREE + [record("fedavg", 0, 90)])
-    for part in ("1,000 training and 500 test images", "10 clients", "Dirichlet 0.5", "4 rounds of 1 local epoch,", "distillation weight 0.5 at",
+    for part in ("1,000 training and 500 test images", "10 clients", "Dirichlet 0.5", "4 rounds of 1 local epoch, 4 bits a weight", "distillation weight 0.5 at",
                  "seeds 0, 1, 2 (n=3; fedavg n=1)", "fp32 on a laptop", "none (own setting)", "fp32 for fedavg, quantised for all others",
                  "mean of the last 4 rounds", "± is the standard deviation"): assert part in text, part
     assert "A single seed: a demonstration" in evidence.caption(THREE[:1])

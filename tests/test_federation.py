@@ -1,6 +1,6 @@
 """Whole runs on a few digits: ablations bit for bit, bytes by hand, failures, kills, positive controls, a golden run.
 
-One round of 200 digits takes about half a second; runs are shared between tests (`played`)."""
+One round of 120 digits takes about a third of a second; runs are shared between tests (`played`)."""
 import dataclasses
 import functools
 import json
@@ -32,12 +32,12 @@ from fedmpqkd.quantize import quantize
 from fedmpqkd.wire import FIXED, Meter, decode
 
 torch.set_num_threads(1)
-FIELDS = dict(model='resnet8', clients=3, rounds=2, dirichlet=1.0, batch_size=32, eval_images=0)
+FIELDS = dict(model='resnet8', clients=3, rounds=2, dirichlet=1.0, batch_size=16, eval_images=0)
 KD = dict(alpha=.5)
 
 
 @functools.cache
-def digits(train: int = 200, test: int = 100):
+def digits(train: int = 120, test: int = 100):
     return load_dataset('digits').subset(train=train, test=test)
 
 
@@ -312,7 +312,7 @@ def test_everybody_fails(played, stage):
 def test_clients_without_an_image_and_with_one():
     config = make_config('fedmpq', **FIELDS)
     whole = Played(opened(config, digits()), [])
-    whole.run.partition = Partition((np.arange(199), np.array([199]), np.array([], np.int64)), 'by hand')
+    whole.run.partition = Partition((np.arange(119), np.array([119]), np.array([], np.int64)), 'by hand')
     play(whole.run, whole.curve)
     assert [line['sampled'] for line in whole.curve] == [2, 2] == [line['arrived'] for line in whole.curve]
     assert whole.messages('down', 0, 2) == [] == whole.messages('up', 0, 2)
@@ -322,7 +322,7 @@ def test_clients_without_an_image_and_with_one():
         assert torch.equal(up.entries[n], down.entries[n]), n
     assert not torch.equal(up.dense()['fc.weight'], down.dense()['fc.weight'])
     big = whole.decode(whole.messages('up', 0, 0)[0])
-    assert int(big.entries['bn1.num_batches_tracked']) == 7  # 199 images in batches of 32
+    assert int(big.entries['bn1.num_batches_tracked']) == 8  # 119 images in batches of 16
     record = make_record(whole.run, whole.curve, digits(), 'cpu')
     whole.run.crew.close()
     assert 0 <= record['summary']['dispersion']['std'] <= 50 and np.isfinite(whole.curve[-1]['nll'])
@@ -345,19 +345,38 @@ def test_divergence_is_a_failure_of_clients_and_not_of_the_run(diverged):
         assert line['failed'] and line['arrived'] + len(line['failed']) == line['sampled'] == 3
         assert all('NaN or infinity' in why for why in line['failed'].values())
         assert 0 <= line['accuracy'] <= 100
-    assert json.loads(text)['id'] == record['id']
+    assert strict_json(text)['id'] == record['id']
 
 
-@pytest.mark.xfail(strict=True, reason='losses and nll of a diverged run are written as NaN and Infinity, which JSON has not')
-def test_the_record_of_a_diverged_run_is_json(diverged):
+def strict_json(text: str) -> dict:
     def refuse(word): raise ValueError(f'{word} is not JSON')
-    json.loads(diverged[1], parse_constant=refuse)
+    return json.loads(text, parse_constant=refuse)
 
 
-@pytest.mark.xfail(strict=True, reason='judge says diverged, judge_round drops it: the line shows an ordinary 10 %')
-def test_a_diverged_model_is_called_so(diverged):
-    lines = [line for line in diverged[0]['curve'] if not np.isfinite(line['nll'])]
-    assert lines and all(line.get('diverged') for line in lines)
+def test_the_record_of_a_diverged_run_is_json(diverged):
+    assert strict_json(diverged[1])['config']['lr'] == 1e6
+
+
+def test_a_model_beyond_numbers_is_called_diverged(tmp_path):
+    "Finite weights whose logits overflow: clients answer, losses are not numbers, the line says so and stays JSON."
+    config = make_config('fedavg', **FIELDS | dict(lr=0, rounds=1, clients=2))
+    whole = Played(opened(config, digits()), [])
+    whole.run.server.state['fc.weight'].fill_(3e38)
+    play(whole.run, whole.curve)
+    line = whole.curve[0]
+    assert (line['arrived'], line['diverged'], line['accuracy']) == (2, True, 10.0) and 'loss' not in line
+    journal = Journal(tmp_path, 'g', 'n', 'id')
+    journal.finish(make_record(whole.run, whole.curve, digits(), 'cpu'))
+    whole.run.crew.close()
+    assert strict_json(journal.record_path.read_text())['summary']['dispersion'] == {}
+
+
+@pytest.mark.xfail(strict=True, reason='dirichlet=inf is allowed and is IID, but JSON cannot hold it: the finished run is lost')
+def test_an_infinite_concentration_ends_in_a_record(tmp_path):
+    config = make_config('fedmpq', **FIELDS | dict(rounds=1, dropout=1.0, clients=2, dirichlet=float('inf')))
+    journal = Journal(tmp_path, 'g', 'n', run_id(config, digits().fingerprint))
+    run(config, digits(), journal, workers=1)
+    strict_json(journal.record_path.read_text())
 
 
 # --- the same again ---------------------------------------------------------------------------------------------------
@@ -410,7 +429,7 @@ from fedmpqkd.core import Journal, run_id
 from fedmpqkd.data import load_dataset
 from fedmpqkd.federation import run
 from fedmpqkd.methods import make_config
-data, config = load_dataset('digits').subset(train=200, test=100), make_config('fedmpq-kd-ema', alpha=.5, **{LONG!r})
+data, config = load_dataset('digits').subset(train=120, test=100), make_config('fedmpq-kd-ema', alpha=.5, **{LONG!r})
 run(config, data, Journal(Path(sys.argv[1]), 'g', 'n', run_id(config, data.fingerprint)), workers=1)
 '''
 
@@ -567,12 +586,37 @@ def test_weights_change_their_levels(played):
 
 
 def test_fedavg_learns_digits():
-    record = run(make_config('fedavg', **FIELDS | CONTROL), digits(300, 200), workers=2)
-    assert record['summary']['accuracy_last'] > 50, [line['accuracy'] for line in record['curve']]
-    assert record['curve'][-1]['loss'] < .75 * record['curve'][0]['loss']
+    """Six epochs of 400 digits: more than half of the test set, once normalisation has the statistics of the averaged
+    weights; the running ones, which the headline uses, lag behind after so few steps. Chance is 10 %."""
+    fields = FIELDS | dict(clients=2, partition='iid', rounds=3, local_epochs=2)
+    record = run(make_config('fedavg', **fields), digits(400, 200), workers=2)
+    assert record['summary']['accuracy_recalibrated'] > 50, record['summary']
+    losses = [line['loss'] for line in record['curve']]
+    assert losses[2] < .75 * losses[0] and losses[0] > losses[1] > losses[2]
 
 
-CONTROL = dict(clients=2, partition='iid', rounds=3, batch_size=8, lr=.01)
+def test_one_client_is_ordinary_training(played):
+    "Federated averaging of a single client, beside a bare PyTorch loop over the same batches."
+    whole = played('fedavg', clients=1)
+    config, data = whole.run.config, whole.run.crew.data
+    model = build_model('resnet8', 10, config.seed).to(memory_format=torch.channels_last)
+    losses = []
+    for t in range(config.rounds):
+        sgd = torch.optim.SGD(model.parameters(), config.lr, config.momentum)  # momentum does not outlive a round
+        model.train()
+        for part in local_batches(120, config, t, 0, data.data.flip):
+            x, y = data.batch(*part)
+            loss = nn.functional.cross_entropy(model(x), y)
+            sgd.zero_grad(); loss.backward(); sgd.step()
+            losses.append(loss.item())
+    assert [line['loss'] for line in whole.curve] == pytest.approx([np.mean(losses[:8]), np.mean(losses[8:])], rel=1e-3)
+    for n, t in model.state_dict().items():
+        assert torch.allclose(t.double(), whole.run.server.state[n].double(), rtol=1e-2, atol=1e-3), n
+    x = (data.data.test_x / 255 - torch.tensor(data.data.mean).view(3, 1, 1)) / torch.tensor(data.data.std).view(3, 1, 1)
+    with torch.no_grad(): right = (model.eval()(x).argmax(1) == data.data.test_y).sum().item()
+    assert whole.curve[-1]['accuracy'] == pytest.approx(100 * right / len(x), abs=2)
+
+
 GOLDEN = dict(loss=(2.3578922748565674, 2.28173166513443), kd=(.04940918181091547, .010686255060136318),
               moved=(.30465909090909093, .11574866310160428))
 
@@ -580,7 +624,7 @@ GOLDEN = dict(loss=(2.3578922748565674, 2.28173166513443), kd=(.0494091818109154
 def test_golden_run():
     "Two clients, two rounds, four bits, a teacher: the numbers of ALGORITHM_VERSION 1."
     fields = dict(model='resnet8', clients=2, rounds=2, dirichlet=1.0, batch_size=64, eval_images=0, kd_warmup_rounds=0)
-    curve = run(make_config('fedmpq-kd', **fields, **KD), digits(), workers=1)['curve']
+    curve = run(make_config('fedmpq-kd', **fields, **KD), digits(200, 100), workers=1)['curve']
     for key, tolerance in (('loss', 2e-3), ('kd', 2e-2), ('moved', 8e-2)):  # the latter two feel the CPU's kernels more
         got = [line[key] for line in curve]
         assert got == pytest.approx(GOLDEN[key], rel=tolerance), (
