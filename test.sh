@@ -26,6 +26,6 @@ step "mypy" mypy
 step "the notebooks' own tests" nbdev_test --n_workers 2 --timing
 
 printf '\n== pytest\n'  # export drift, clean drift and the shape of the pages are tests as well
-"$python" -m pytest "$@"
+"$python" -m pytest -n 2 "$@"
 code=$?
 exit $((status ? status : code))

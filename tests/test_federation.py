@@ -496,6 +496,23 @@ def test_claims_exclude_each_other_and_end(tmp_path):
     with other.claim(): pass
 
 
+class Late(Journal):
+    "Looks for the record just before another process finishes it."
+    looked = False
+
+    def record(self):
+        if not self.looked: self.looked = True; return None
+        return super().record()
+
+
+@pytest.mark.xfail(strict=True, reason='claim makes the working folder again, and run returns the record without removing it')
+def test_a_late_comer_leaves_no_folder(tmp_path):
+    Journal(tmp_path, 'g', 'n', 'id').finish(dict(id='done'))
+    late = Late(tmp_path, 'g', 'n', 'id')
+    assert run(make_config('fedmpq', **FIELDS), digits(), late, workers=1) == dict(id='done')
+    assert not late.folder.exists()
+
+
 def test_a_reader_never_sees_half_a_record(tmp_path):
     journal, stop = Journal(tmp_path, 'g', 'n', 'id'), threading.Event()
     contents = [dict(curve=list(range(n))) for n in (3, 60_000)]
