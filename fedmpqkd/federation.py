@@ -138,8 +138,10 @@ def judge_round(
 
 # %% ../nbs/12_federation.ipynb #d00acf9d
 class Memories:
-    "What clients remember, on disk."
-    def __init__(self, folder: Path): self.folder = folder
+    "What clients remember, on disk; without a folder, in a temporary one that goes with this object."
+    def __init__(self, folder: Path | None = None):
+        self.temporary = None if folder else tempfile.TemporaryDirectory()
+        self.folder = folder or Path(self.temporary.name)  # type: ignore[union-attr]
 
     def _files(self, client: int) -> list[tuple[int, Path]]:
         return sorted((int(p.stem.split('_')[1]), p) for p in self.folder.glob(f'{client}_*.pt'))
@@ -251,7 +253,7 @@ def open_run(
     crew = Crew(config, Resident.of(data, device), device, workers)
     parts = split(data.train_y.cpu().numpy(), config.clients, config.partition, config.seed, config.dirichlet)
     server = Server(config, crew.replica.layout, crew.replica.state)
-    run = Run(config, crew, server, parts, Memories(folder or Path(tempfile.mkdtemp())))
+    run = Run(config, crew, server, parts, Memories(folder))
     run.meter.add_manifest(server.manifest.encode())
     return run
 

@@ -109,7 +109,7 @@ def by_autograd(start: Planes, gradients: list[torch.Tensor], c: RunConfig, tota
     return (S * (k @ B)).detach(), S.item()
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 6), min_size=1, max_size=3), st.integers(1, 8), st.integers(1, 6),
        st.sampled_from(['precond', 'plain']), st.sampled_from(['overflow', 'fixed', 'sgd']), st.sampled_from([0, .01, 2.0]))
 def test_signed_planes_equal_autograd(seed, shape, bits, steps, bit_lr, scale_update, lambda_b):
@@ -317,7 +317,7 @@ def reference_reduction(levels: list[int], bits: int, threshold: Fraction, lsb: 
     return r, (0 if n == 1 and not any(r) else n), shift
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 300), st.sampled_from([0, 2, 3.7, 30]), st.booleans())
 def test_reduction_equals_whole_numbers(seed, bits, d, threshold, lsb):
     g = np.random.default_rng(seed)
@@ -381,7 +381,7 @@ problems = st.integers(1, 12).flatmap(lambda n: st.tuples(
     st.lists(st.integers(1, 5000), min_size=n, max_size=n), st.integers(100, 800).map(lambda x: x / 100)))
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(problems)
 def test_assignments_keep_their_promises(problem):
     start, priority, d, budget = problem

@@ -358,13 +358,14 @@ def test_the_record_of_a_diverged_run_is_json(diverged):
 
 
 def test_a_model_beyond_numbers_is_called_diverged(tmp_path):
-    "Finite weights whose logits overflow: clients answer, losses are not numbers, the line says so and stays JSON."
+    "Finite weights whose logits overflow: no loss is a number, nobody can answer, the line says so and is still JSON."
     config = make_config('fedavg', **FIELDS | dict(lr=0, rounds=1, clients=2))
     whole = Played(opened(config, digits()), [])
     whole.run.server.state['fc.weight'].fill_(3e38)
     play(whole.run, whole.curve)
     line = whole.curve[0]
-    assert (line['arrived'], line['diverged'], line['accuracy']) == (2, True, 10.0) and 'loss' not in line
+    assert (line['arrived'], line['diverged'], line['accuracy']) == (0, True, 10.0) and len(line['failed']) == 2
+    assert 'loss' not in line and 'nll' not in line
     journal = Journal(tmp_path, 'g', 'n', 'id')
     journal.finish(make_record(whole.run, whole.curve, digits(), 'cpu'))
     whole.run.crew.close()
@@ -454,6 +455,7 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path):
         while not lines.exists():
             assert victim.poll() is None and time.monotonic() < deadline
             time.sleep(.01)
+        os.kill(victim.pid, signal.SIGSTOP)  # so that it cannot finish while we look; it still holds its claim
         with pytest.raises(Claimed, match='another process'): run(config, digits(), killed, workers=1)
     finally:
         os.kill(victim.pid, signal.SIGKILL)
