@@ -542,7 +542,6 @@ def test_a_write_that_is_interrupted_leaves_the_old_file(tmp_path, monkeypatch, 
     assert path.read_bytes() == b'{"old": 1}' and [p.name for p in tmp_path.glob('*.json')] == ['record.json']
 
 
-@pytest.mark.xfail(strict=True, reason='open_run makes a folder for client memories that nobody removes')
 def test_a_run_without_a_journal_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr('tempfile.tempdir', str(tmp_path))
     run(make_config('fedmpq', **FIELDS | dict(rounds=1, dropout=1.0, clients=2)), digits(20, 20), workers=1)
