@@ -114,7 +114,7 @@ class SignedPlanes(Rule):
     def step(self, layer: Layer, g: Tensor) -> None:
         c, planes, speed = layer.state['c'], layer.state['planes'], layer.state['speed']
         gain = c / kappa(layer.bits) if self.config.bit_lr == 'precond' else c * layer.scale**2
-        if self.config.scale_update == 'sgd': scale_gradient = (g * layer.shown.reshape(-1)).sum() / layer.scale
+        if self.config.scale_update == 'sgd': scale_gradient = (g * layer.shown.reshape(-1)).sum() / layer.scale.clamp_min(1e-30)
         speed.addr_(gain, g, beta=self.config.momentum)
         if layer.penalty:
             norms = (1e-8 * layer.scale**2 + torch.linalg.vector_norm(planes, dim=1).square()).sqrt()
@@ -197,7 +197,7 @@ class Official(Rule):
     def step(self, layer: Layer, g: Tensor) -> None:
         planes, sign, lr = layer.state['planes'], layer.state['sign'], self.config.lr
         c, place = plane_weights(layer.bits, g.device), 2.0 ** torch.arange(layer.bits - 1, -1, -1, device=g.device)
-        scale_gradient = (g * layer.shown.reshape(-1)).sum() / layer.scale
+        scale_gradient = (g * layer.shown.reshape(-1)).sum() / layer.scale.clamp_min(1e-30)
         lasso = layer.penalty * planes / (1e-8 + planes.square().sum(1, keepdim=True)).sqrt()
         speed = layer.state['speed'] * self.config.momentum + torch.outer(c, layer.scale * sign * g) + lasso
         layer.state['speed'] = official_move(speed, lr, self.generator)
@@ -235,7 +235,7 @@ def lasso_moved(
         speed = config.momentum * speed + penalty * length / (1e-8 + length.square()).sqrt()
         length = length - config.lr * speed
     shrunk = plane_weights(planes.bits) * torch.where(start > 0, length / start.clamp_min(1e-30), 1.0)
-    levels = (shrunk @ digits * (2**planes.bits - 1)).abs().round()
+    levels = (shrunk @ digits * (2**planes.bits - 1)).round()
     return (levels != planes.levels.reshape(-1)).float().mean().item()
 
 # %% ../nbs/06_bits.ipynb #e78f2fc7
@@ -248,7 +248,7 @@ def reduce_precision(
     "Precision reduction at the end of local training."
     r, n, shift = planes.levels, planes.bits, 0
     if not n: return planes
-    share = lambda plane: 100 * to_planes(r, n)[plane].mean().item()
+    share = lambda plane: 100 * int(to_planes(r, n)[plane].sum()) / r.numel()
     if compat == 'official': r, n = _official_carry(planes, threshold)
     while n > 1 and share(0) < threshold: r, n = r.clamp(max=2 ** (n - 1) - 1), n - 1
     while prune_lsb and n > 1 and share(-1) <= threshold: r, n, shift = r >> 1, n - 1, shift + 1
@@ -315,6 +315,7 @@ def uniform_bits(
     budget: float,  # beta
 ) -> list[int]:  # floor(beta) everywhere, one more where the budget allows, small layers first
     "The same bits for every layer, up to the fraction of a bit."
+    if not 1 <= budget <= 8: raise ValueError(f'budget={budget}: must be in [1, 8]')
     b = [int(budget)] * len(sizes)
     spare = as_fraction(budget) * sum(sizes) - sum(n * d for n, d in zip(b, sizes, strict=True))
     for layer in sorted(range(len(sizes)), key=lambda layer: sizes[layer]):

@@ -317,7 +317,7 @@ def local_round(
     with clock('quantise'): after = finished_planes(lesson, task)
     entries = uplink_entries(replica, config, after)
     log = training_log(lesson, before, after) | dict(seconds=clock.seconds)
-    memory = teacher_state(config, received, task.memory) if config.teacher == 'ema' and config.alpha else {}
+    memory = teacher_state(config, received, task.memory) if config.teacher == 'ema' and config.distils else {}
     with clock('wire'):
         try: message = encode(Message(0, task.round, task.client, len(task.index), entries), manifest)
         except WireError as why: return Result(None, log | dict(failed=str(why)), task.memory)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'CHOICES', 'LIMITS', 'DEFAULTS', 'ALGORITHM_VERSION', 'rng', 'torch_rng', 'Setting', 'RunConfig', 'as_list',
-           'config_from', 'canonical', 'run_id', 'project_root', 'write_atomic', 'packed', 'Claimed',
+           'config_from', 'plain', 'canonical', 'run_id', 'project_root', 'write_atomic', 'packed', 'Claimed',
            'DamagedCheckpoint', 'Journal', 'has_bf16', 'environment', 'commit']
 
 # %% ../nbs/01_core.ipynb #7b1f5514
@@ -141,6 +141,11 @@ class RunConfig(Setting):
         for f in dataclasses.fields(self): object.__setattr__(self, f.name, _typed(f.name, f.type, getattr(self, f.name)))
         _validate(self)
 
+    @property
+    def distils(self) -> bool:
+        "Is there a teacher in any round?"
+        return self.alpha > 0 or (self.alpha_schedule != 'const' and self.alpha_end > 0)
+
 # %% ../nbs/01_core.ipynb #87772d83
 def _typed(name: str, kind: Any, value: Any) -> Any:
     "The value as the field's own type."
@@ -149,12 +154,12 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
             if str(value).lower() not in ('true', 'false', '0', '1'): raise ValueError
             return str(value).lower() in ('true', '1')
         if kind is int:
-            if float(value) != int(float(value)): raise ValueError
-            return int(float(value))
+            if not isinstance(value, int) and float(value) != int(float(value)): raise ValueError
+            return value if isinstance(value, int) else int(float(value))
         if kind is float: return float(value)
         if kind is str: return str(value)
         return tuple(float(v) for v in as_list(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         wanted = getattr(kind, '__name__', str(kind))
         raise ValueError(f'{name}={value!r} is not of type {wanted}') from None
 
@@ -175,10 +180,10 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = dict(
     dropout=(lambda v: 0 <= v <= 1, 'in [0, 1]'), rounds=(lambda v: v >= 1, 'at least 1'),
     local_epochs=(lambda v: v >= 1, 'at least 1'), batch_size=(lambda v: v >= 2, 'at least 2'),
     lr=(lambda v: v >= 0 and math.isfinite(v), 'finite and at least 0'), momentum=(lambda v: 0 <= v < 1, 'in [0, 1)'),
-    weight_decay=(lambda v: v >= 0, 'at least 0'), bits=(lambda v: v and all(1 <= b <= 8 for b in v), 'in [1, 8]'),
-    lambda_b=(lambda v: v >= 0, 'at least 0'), prune_threshold=(lambda v: 0 <= v < 100, 'a percentage below 100'),
-    act_bits=(lambda v: 1 <= v <= 8 or v == 32, '1 to 8, or 32 for none'), alpha=(lambda v: v >= 0, 'at least 0'),
-    temperature=(lambda v: v > 0, 'greater than 0'),
+    weight_decay=(lambda v: 0 <= v < math.inf, 'finite and at least 0'), bits=(lambda v: v and all(1 <= b <= 8 for b in v), 'in [1, 8]'),
+    lambda_b=(lambda v: 0 <= v < math.inf, 'finite and at least 0'), prune_threshold=(lambda v: 0 <= v < 100, 'a percentage below 100'),
+    act_bits=(lambda v: 1 <= v <= 8 or v == 32, '1 to 8, or 32 for none'), alpha=(lambda v: 0 <= v < math.inf, 'finite and at least 0'),
+    temperature=(lambda v: 0 < v < math.inf, 'finite and greater than 0'),
     alpha_end=(lambda v: v >= 0, 'at least 0'), temperature_end=(lambda v: v > 0, 'greater than 0'), kd_warmup_rounds=(lambda v: v >= 0, 'at least 0'),
     seed=(lambda v: v >= 0, 'at least 0'))
 
@@ -211,15 +216,22 @@ def config_from(
             raise ValueError(f'unknown parameter {key!r}' + (f': did you mean {near[0]!r}?' if near else f'; known: {known}'))
     return RunConfig(**values)
 
-# %% ../nbs/01_core.ipynb #a24f0ba1
-DEFAULTS = dataclasses.asdict(RunConfig())
+# %% ../nbs/01_core.ipynb #cbffb470
+def plain(
+    config: RunConfig,  # the run
+) -> dict[str, Any]:  # numbers, strings and lists, as JSON has them; an infinite concentration is 'inf'
+    "The configuration as a dictionary."
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    return {k: str(v) if isinstance(v, float) and math.isinf(v) else v for k, v in values.items()}
 
+DEFAULTS = plain(RunConfig())
+
+# %% ../nbs/01_core.ipynb #f8b41b12
 def canonical(
     config: RunConfig,  # the run
 ) -> str:  # JSON with sorted keys: equal configurations have equal bytes
     "The configuration's canonical text: what differs from the defaults."
-    values = dataclasses.asdict(config)
-    return json.dumps({k: v for k, v in values.items() if v != DEFAULTS[k]}, sort_keys=True, default=list)
+    return json.dumps({k: v for k, v in plain(config).items() if v != DEFAULTS[k]}, sort_keys=True)
 
 # %% ../nbs/01_core.ipynb #286ef40f
 ALGORITHM_VERSION = 1  # raise it whenever the numbers that a run produces change
@@ -305,10 +317,12 @@ class Journal:
         except Exception as why: raise DamagedCheckpoint(f'{path}: {why}; delete its folder to start the run again') from None
         return saved['state'], saved['curve']
 
+    def discard(self) -> None: "Remove the working folder."; shutil.rmtree(self.folder, ignore_errors=True)
+
     def finish(self, record: dict[str, Any]) -> Path:
         "Write the record, then remove the working folder."
         write_atomic(self.record_path, (json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + '\n').encode())
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.discard()
         return self.record_path
 
 # %% ../nbs/01_core.ipynb #bd250bcf

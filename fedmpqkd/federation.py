@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .client import Replica, Resident, Result, Task, local_round
-from .core import ALGORITHM_VERSION, Journal, RunConfig, commit, environment, packed, rng, run_id, write_atomic
+from .core import ALGORITHM_VERSION, Journal, RunConfig, commit, environment, packed, plain, rng, run_id, write_atomic
 from .data import Dataset, normalize, stratified_indices
 from .metrics import auc, client_dispersion, ece_from_logits, headline, nll, peak_memory_mib, per_class_accuracy
 from .partition import Partition, split
@@ -110,7 +110,7 @@ def judge(
         return dict(accuracy=100 / data.classes, ece=1.0, per_class=[], diverged=True)
     accuracy = 100 * int((logits.argmax(1) == y).sum()) / len(y)
     return dict(accuracy=accuracy, ece=ece_from_logits(logits, y), nll=nll(logits, y), diverged=False,
-                per_class=per_class_accuracy(logits, y, data.classes).tolist())
+                per_class=[None if np.isnan(a) else a for a in per_class_accuracy(logits, y, data.classes).tolist()])
 
 # %% ../nbs/12_federation.ipynb #9c21e028
 def judge_round(
@@ -174,7 +174,7 @@ def visit(run: Run, client: int, round: int, fails: bool) -> tuple[tuple[bytes, 
     if fails and stage == 'before_download': return (), None
     down = downlink(run.server, client, round)
     if fails and stage == 'after_download': return down, None
-    remembers = c.teacher == 'ema' and c.alpha > 0
+    remembers = c.teacher == 'ema' and c.distils
     memory = run.memories.load(client, round) if remembers else {}
     task = Task(client, round, torch.from_numpy(run.partition.parts[client]), memory)
     result = local_round(run.crew.replica, c, run.crew.data, task, down, run.server.manifest)
@@ -294,7 +294,7 @@ def recalibrated(
     replica.model.train()
     centre, still = torch.full((125,), 4), torch.zeros(125, dtype=torch.bool)
     for index in torch.arange(min(images, len(data.labels))).split(125):
-        replica.model(data.batch(index, centre[:len(index)], centre[:len(index)], still[:len(index)])[0])
+        if len(index) > 1: replica.model(data.batch(index, centre[:len(index)], centre[:len(index)], still[:len(index)])[0])
     for m in norms: m.momentum = 0.1
     fresh = {n: t.detach().cpu().clone() for n, t in replica.state.items()}
     return judge(run.crew, fresh, torch.arange(len(data.data.test_y)))['accuracy']
@@ -314,7 +314,7 @@ def summarize(
         accuracy=headline(column('accuracy')), accuracy_last=curve[-1]['accuracy'],
         accuracy_fp=curve[-1]['accuracy_fp'], accuracy_quantised=curve[-1]['accuracy_quantised'],
         accuracy_recalibrated=recalibrated(run), ece=headline(column('ece')), auc=auc(column('accuracy')),
-        dispersion=client_dispersion(np.array(curve[-1]['per_class']), shares) if curve[-1]['per_class'] else {},
+        dispersion=client_dispersion(np.array(curve[-1]['per_class']), shares) if curve[-1]['per_class'] and None not in curve[-1]['per_class'] else {},
         bytes_down=sum(column('bytes_down')), bytes_up=sum(column('bytes_up')), manifest_bytes=run.meter.manifest,
         seconds_per_round=float(np.median(column('seconds_training'))), seconds=sum(column('seconds')),
         memory=peak_memory_mib(), partition=run.partition.how)
@@ -331,7 +331,9 @@ def run(
     "Run a configuration, or finish a run that was stopped."
     if journal and (done := journal.record()): return done
     with journal.claim() if journal else nullcontext():
-        if journal and (done := journal.record()): return done
+        if journal and (done := journal.record()):
+            journal.discard()
+            return done
         federation = open_run(config, data, device, workers, journal.folder / 'clients' if journal else None)
         curve = resume(federation, journal) if journal else []
         if progress: progress.resume(len(curve))
@@ -358,7 +360,7 @@ def resume(federation: Run, journal: Journal) -> list[dict[str, Any]]:
 def make_record(federation: Run, curve: list[dict[str, Any]], data: Dataset, device: str | torch.device) -> dict[str, Any]:
     "Everything about a finished run."
     return dict(
-        id=run_id(federation.config, data.fingerprint), config=dataclasses.asdict(federation.config), algorithm=ALGORITHM_VERSION,
+        id=run_id(federation.config, data.fingerprint), config=plain(federation.config), algorithm=ALGORITHM_VERSION,
         data=dict(name=data.name, fingerprint=data.fingerprint, train=len(data.train_y), test=len(data.test_y), classes=data.classes),
         summary=summarize(federation, curve), curve=curve, commit=commit(),
         environment=environment(device) | dict(workers=federation.crew.size))

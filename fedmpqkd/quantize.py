@@ -43,8 +43,8 @@ def round_stochastic(
     generator: torch.Generator | None = None,  # CPU generator of a named stream
 ) -> Tensor:  # floor or ceil of x, and x on average
     "Round up with the probability of the fractional part: unbiased."
-    noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-    return torch.floor(x + noise)
+    noise, low = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device), torch.floor(x)
+    return low + (noise >= 1 - (x - low))
 
 # %% ../nbs/05_quantize.ipynb #39991f03
 def quantize(
