@@ -554,7 +554,7 @@ def entries(
     known = dict(bare=[('bare', 'fp32'), ('bare', 'bf16')], flower=[('flower', 'fp32')])
     for peer in as_list(peers):
         if peer not in known: raise ValueError(f'unknown peer {peer!r}: allowed are {", ".join(known)}')
-    for method in as_list(methods): make_config(method)
+    for method in as_list(methods): make_config(method, alpha=0.0)
     return [(m, ours_in) for m in as_list(methods)] + [pair for peer in as_list(peers) for pair in known[peer]]
 
 def obstacle(
