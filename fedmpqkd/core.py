@@ -155,7 +155,7 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
             return str(value).lower() in ('true', '1')
         if kind is int:
             if not isinstance(value, int) and float(value) != int(float(value)): raise ValueError
-            return value if isinstance(value, int) else int(float(value))
+            return int(value) if isinstance(value, int) else int(float(value))
         if kind is float: return float(value)
         if kind is str: return str(value)
         return tuple(float(v) for v in as_list(value))
@@ -184,7 +184,8 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = dict(
     lambda_b=(lambda v: 0 <= v < math.inf, 'finite and at least 0'), prune_threshold=(lambda v: 0 <= v < 100, 'a percentage below 100'),
     act_bits=(lambda v: 1 <= v <= 8 or v == 32, '1 to 8, or 32 for none'), alpha=(lambda v: 0 <= v < math.inf, 'finite and at least 0'),
     temperature=(lambda v: 0 < v < math.inf, 'finite and greater than 0'),
-    alpha_end=(lambda v: v >= 0, 'at least 0'), temperature_end=(lambda v: v > 0, 'greater than 0'), kd_warmup_rounds=(lambda v: v >= 0, 'at least 0'),
+    alpha_end=(lambda v: 0 <= v < math.inf, 'finite and at least 0'),
+    temperature_end=(lambda v: 0 < v < math.inf, 'finite and greater than 0'), kd_warmup_rounds=(lambda v: v >= 0, 'at least 0'),
     seed=(lambda v: v >= 0, 'at least 0'))
 
 # %% ../nbs/01_core.ipynb #9f040fb4

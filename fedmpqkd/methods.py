@@ -47,7 +47,8 @@ def make_config(
     if 'teacher' in recipe and 'alpha' not in fields | recipe: raise ValueError(f'{method} distils: give alpha (0 switches it off)')
     config = config_from(fields | recipe | dict(method=method))
     defaults = RunConfig()
-    unused = (() if config.distils else _KD_FIELDS) + (_BIT_FIELDS if config.update == 'fp32' else ())
+    silent = recipe.get('alpha') == 0 or not config.distils
+    unused = (_KD_FIELDS if silent else ()) + (_BIT_FIELDS if config.update == 'fp32' else ())
     return dataclasses.replace(config, **{f: getattr(defaults, f) for f in unused})
 
 # %% ../nbs/11_methods.ipynb #c01e7d00

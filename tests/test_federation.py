@@ -121,6 +121,13 @@ def test_a_schedule_may_start_at_zero():
     assert alpha_at(config, 9) == 1.0
 
 
+@pytest.mark.parametrize('method', ['fedavg', 'qat-uniform', 'fedmpq'])
+def test_a_schedule_of_alpha_leaves_methods_without_a_teacher_alone(method):
+    "As in a sweep, where all methods are given the same fields."
+    config = make_config(method, alpha=.5, alpha_schedule='linear', alpha_end=1.0, rounds=10)
+    assert [alpha_at(config, t) for t in range(10)] == [0] * 10 and config == make_config(method, rounds=10)
+
+
 # --- the teacher ------------------------------------------------------------------------------------------------------
 
 def test_the_teacher_is_the_global_model_and_stays_frozen(monkeypatch):
