@@ -495,12 +495,14 @@ def child_environment(
     folder: Path,  # for temporary files
 ) -> dict[str, str]:
     "Environment variables of a child process."
-    threads = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), str(job.threads))
+    names = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')
+    inherited = {k: v for k, v in os.environ.items() if k not in names}
+    threads = {} if job.entry == 'flower' else dict.fromkeys(names, str(job.threads))
     quiet = dict(FLWR_TELEMETRY_ENABLED='0', FLWR_DISABLE_UPDATE_CHECK='1', FLWR_HOME=str(folder), RAY_USAGE_STATS_ENABLED='0')
     quiet |= dict(RAY_TMPDIR=str(folder), TMPDIR=str(folder))
     package = Path(str(importlib.util.find_spec('fedmpqkd').origin)).parents[1]  # type: ignore[union-attr]
     paths = os.pathsep.join(p for p in (str(package), os.environ.get('PYTHONPATH', '')) if p)
-    return os.environ | threads | quiet | dict(PYTHONPATH=paths) | (dict(CUDA_LAUNCH_BLOCKING='1') if job.profile else {})
+    return inherited | threads | quiet | dict(PYTHONPATH=paths) | (dict(CUDA_LAUNCH_BLOCKING='1') if job.profile else {})
 
 # %% ../nbs/19_bench.ipynb #09be4c06
 def spawn(
