@@ -120,7 +120,7 @@ def config_of(
     w = job.workload
     return make_config(
         job.entry if job.kind == 'ours' else 'fedavg', model=w.model, clients=w.clients, partition=w.partition, dirichlet=w.dirichlet,
-        participation=w.participation, local_epochs=w.local_epochs, batch_size=w.batch_size, rounds=job.rounds, lr=0.1, momentum=0.9,
+        participation=w.participation, local_epochs=w.local_epochs, batch_size=w.batch_size, rounds=job.rounds + 5, lr=0.1, momentum=0.9,
         eval_images=0, alpha=0.5, kd_warmup_rounds=0, precision=job.precision)
 
 # %% ../nbs/19_bench.ipynb #4eee8701
@@ -142,11 +142,12 @@ def ours(job: Job) -> Timing:
     run = open_run(config, load_images(job.workload), job.device, job.threads)
     sizes, curve = [len(p) for p in run.partition.parts], []  # type: ignore[var-annotated]
     began = time.time()
-    try: play(run, curve)
+    try: play(run, curve, until=job.rounds)
     finally: run.crew.close()
-    images = [config.local_epochs * sum(sizes[k] for k in participants(config, sizes, r)[0]) for r in range(config.rounds)]
+    images = [config.local_epochs * sum(sizes[k] for k in participants(config, sizes, r)[0]) for r in range(job.rounds)]
     column = lambda key: [line[key] for line in curve]
-    return Timing(began, column('seconds'), images, column('steps'), 1 + len(set(config.bits)), sum(map(len, column('failed'))), run.server.state)
+    evaluations = 1 if config.update == 'fp32' else 1 + len(set(config.bits))
+    return Timing(began, column('seconds'), images, column('steps'), evaluations, sum(map(len, column('failed'))), run.server.state)
 
 # %% ../nbs/19_bench.ipynb #71bb1b47
 def train_bare(
@@ -192,7 +193,7 @@ def bare(job: Job) -> Timing:
     model = build_model(w.model, w.classes, config.seed).to(job.device).to(memory_format=torch.channels_last)
     state = {n: t.clone() for n, t in model.state_dict().items()}
     timing, sizes = Timing(time.time()), [len(p) for p in parts]
-    for round in range(config.rounds):
+    for round in range(job.rounds):
         start, steps, mean = time.perf_counter(), 0, {n: torch.zeros_like(t) for n, t in state.items()}
         chosen, _ = participants(config, sizes, round)
         for k in chosen:
@@ -407,7 +408,7 @@ def first_round(
         with server_clock(watch): phases = federation.run_round(run, 0)['phases']
         for phase, seconds in phases.items(): watch.add(phase, seconds)
         began = time.perf_counter()
-        federation.judge_round(run.crew, run.server, index, index, 0)
+        federation.judge_round(run, index, index, 0)
         watch.add('evaluate', run.crew.size * (time.perf_counter() - began))
     finally: run.crew.close()
     return watch.seconds

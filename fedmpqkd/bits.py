@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['RULES', 'to_planes', 'plane_weights', 'group_lasso', 'kappa', 'Layer', 'Rule', 'SignedPlanes', 'msb_hinge',
            'hinge_gradient', 'Latent', 'IntegerSR', 'official_move', 'Official', 'moved_share', 'lasso_moved',
-           'reduce_precision', 'as_fraction', 'bit_statistics', 'prune_grow', 'uniform_bits']
+           'reduce_precision', 'as_fraction', 'bit_statistics', 'prune_grow', 'uniform_bits', 'random_bits']
 
 # %% ../nbs/06_bits.ipynb #2c11383f
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -122,15 +123,15 @@ class SignedPlanes(Rule):
         planes.add_(speed, alpha=-self.config.lr)
         if self.config.scale_update == 'sgd': self._train_scale(layer, scale_gradient)
         if self.config.scale_update != 'overflow': planes.copy_(planes.clamp(-2 * layer.scale, 2 * layer.scale))
-        layer.value = c @ planes
-        if self.config.scale_update == 'overflow': layer.scale = torch.maximum(layer.scale, layer.value.abs().max())
+        layer.value.copy_(c @ planes)
+        if self.config.scale_update == 'overflow': torch.maximum(layer.scale, layer.value.abs().max(), out=layer.scale)
 
     def _train_scale(self, layer: Layer, gradient: Tensor) -> None:
         "The scale as a parameter: the signed planes stay, so planes in units of weights are rescaled."
         speed = layer.state['scale_speed'].mul_(self.config.momentum).add_(gradient)
         scale = (layer.scale - self.config.lr * speed).clamp_min(1e-8)
         for name in ('planes', 'speed'): layer.state[name].mul_(scale / layer.scale.clamp_min(1e-8))
-        layer.scale = scale
+        layer.scale.copy_(scale)
 
 # %% ../nbs/06_bits.ipynb #e97e2c82
 def msb_hinge(
@@ -155,7 +156,7 @@ class Latent(Rule):
 
     def show(self) -> None:
         "The scale follows the largest weight."
-        for layer in self.layers: layer.scale = layer.value.abs().max()
+        for layer in self.layers: layer.scale.copy_(layer.value.abs().max())
         super().show()
 
 # %% ../nbs/06_bits.ipynb #9be73001
@@ -168,7 +169,7 @@ class IntegerSR(Rule):
         speed = layer.state['speed'].mul_(self.config.momentum).add_(g + hinge_gradient(layer))
         unit = layer.scale.clamp_min(1e-30) / top
         move = round_stochastic(self.config.lr * speed / unit, self.generator)
-        layer.value = ((layer.value / unit).round() - move).clamp_(-top, top) * unit
+        layer.value.copy_(((layer.value / unit).round() - move).clamp_(-top, top) * unit)
 
 # %% ../nbs/06_bits.ipynb #4cf375ab
 def official_move(
@@ -204,8 +205,8 @@ class Official(Rule):
         rest = (place @ (planes - lr * layer.state['speed'])).round()
         for i, value in enumerate(place):
             planes[i] = torch.floor(rest / value); rest = rest - planes[i] * value
-        layer.scale = layer.scale - lr * layer.state['scale_speed'].mul_(self.config.momentum).add_(scale_gradient)
-        layer.value = layer.scale * sign * (c @ planes)
+        layer.scale.sub_(lr * layer.state['scale_speed'].mul_(self.config.momentum).add_(scale_gradient))
+        layer.value.copy_(layer.scale * sign * (c @ planes))
 
 # %% ../nbs/06_bits.ipynb #9ce65750
 RULES: dict[str, type[Rule]] = {'signed-planes': SignedPlanes, 'latent': Latent, 'int-sr': IntegerSR, 'official': Official}
@@ -321,3 +322,13 @@ def uniform_bits(
     for layer in sorted(range(len(sizes)), key=lambda layer: sizes[layer]):
         if sizes[layer] <= spare and b[layer] < 8: b[layer] += 1; spare -= sizes[layer]
     return b
+
+# %% ../nbs/06_bits.ipynb #f4d957f5
+def random_bits(
+    sizes: Sequence[int],  # d_l
+    budget: float,  # beta
+    generator: np.random.Generator,  # of a named stream
+) -> list[int]:  # 1 to 8 bits a layer
+    "A budget spent on layers at random."
+    start, priority = generator.integers(1, 9, len(sizes)), generator.permutation(len(sizes))
+    return prune_grow(start.tolist(), priority.tolist(), sizes, budget)

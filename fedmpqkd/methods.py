@@ -11,31 +11,81 @@ from typing import Any
 
 from .core import RunConfig, config_from
 
-# %% ../nbs/11_methods.ipynb #02745413
-_FEDMPQ = dict(update='signed-planes', assignment='prune-grow')
-_PLAIN = dict(bit_lr='plain', scale_update='sgd')
+# %% ../nbs/11_methods.ipynb #70c1fbd2
+_QAT = dict(update='latent', assignment='uniform', lambda_b=0.0)
 
 RECIPES: dict[str, dict[str, Any]] = {
     'fedavg': dict(update='fp32', alpha=0.0),
-    'fedavg-kd': dict(update='fp32', teacher='fp'),
-    'qat-uniform': dict(update='latent', assignment='uniform', lambda_b=0.0, alpha=0.0),
-    'qat-uniform-kd': dict(update='latent', assignment='uniform', lambda_b=0.0, teacher='fp'),
+    'fedprox': dict(update='fp32', prox=0.01, alpha=0.0),
+    'fedpaq': dict(update='fp32', uplink='qsgd', update_norm='max', alpha=0.0),
+    'fedpaq-l2': dict(update='fp32', uplink='qsgd', update_norm='2', alpha=0.0),
+    'fedpaq-ef': dict(update='fp32', uplink='qsgd', update_norm='max', error_feedback=True, alpha=0.0),
+    'uveqfed': dict(update='fp32', uplink='dither', alpha=0.0),
+    'fedpq': dict(update='fp32', uplink='pq', alpha=0.0),
+    'fedpq-client': dict(update='fp32', uplink='pq', codebook='client', alpha=0.0),
+    'fedpq-multi': dict(update='fp32', uplink='pq', codebook='multi', alpha=0.0),
+    'qat-uniform': dict(**_QAT, alpha=0.0),
+    'aqfl': dict(**_QAT, alpha=0.0),
+    'fedkd': dict(**_QAT, exchange='logits+model', alpha=0.0),
+    'fedmd': dict(update='fp32', exchange='logits-only', alpha=0.0),
+    'feddf': dict(update='fp32', exchange='server-distill', alpha=0.0)}
+
+# %% ../nbs/11_methods.ipynb #58f5663e
+_FEDMPQ = dict(update='signed-planes', assignment='prune-grow')
+_PLAIN = dict(bit_lr='plain', scale_update='sgd')
+_SR = dict(rounding_up='stochastic', rounding_down='stochastic')
+_PEERS = dict(aggregate='moshpit')
+
+RECIPES |= {
     'fedmpq': dict(**_FEDMPQ, alpha=0.0),
-    'fedmpq-kd': dict(**_FEDMPQ, teacher='fp'),
-    'fedmpq-kd-delivered': dict(**_FEDMPQ, teacher='delivered'),
-    'fedmpq-kd-q8': dict(**_FEDMPQ, teacher='q8'),
-    'fedmpq-kd-ema': dict(**_FEDMPQ, teacher='ema'),
     'fedmpq-plain': dict(**_FEDMPQ, **_PLAIN, alpha=0.0),
-    'fedmpq-kd-plain': dict(**_FEDMPQ, **_PLAIN, teacher='fp'),
     'fedmpq-int-sr': dict(update='int-sr', assignment='prune-grow', alpha=0.0),
     'fedmpq-official': dict(update='official', assignment='prune-grow', alpha=0.0, compat='official', aggregate='uniform',
-                            overshoot=True, prune_lsb=True, lambda_b=0.001, act_bits=4)}
+                            overshoot=True, prune_lsb=True, lambda_b=0.001, act_bits=4),
+    'fedmpq-uniform': dict(update='signed-planes', assignment='uniform', alpha=0.0),
+    'fedmpq-random': dict(update='signed-planes', assignment='random', alpha=0.0),
+    'fedmpq-sr': dict(**_FEDMPQ, **_SR, alpha=0.0),
+    'fedmpq-ternary': dict(**_FEDMPQ, bits=(1.0,), alpha=0.0),
+    'fedmpq-prox': dict(**_FEDMPQ, prox=0.01, alpha=0.0),
+    'fedmpq-smooth': dict(**_FEDMPQ, label_smoothing=0.1, alpha=0.0),
+    'fedavg-moshpit': dict(update='fp32', **_PEERS, alpha=0.0),
+    'fedmpq-moshpit': dict(**_FEDMPQ, **_PEERS, alpha=0.0)}
 
-# %% ../nbs/11_methods.ipynb #acc840ab
-_KD_FIELDS = ('temperature', 'temperature_schedule', 'temperature_end', 'kd_loss', 'teacher', 'alpha_schedule', 'alpha_end',
-              'kd_warmup_rounds', 'kd_gate')
-_BIT_FIELDS = ('bit_lr', 'scale_update', 'assignment', 'lambda_b', 'prune_threshold', 'prune_lsb', 'overshoot', 'rounding_up',
-               'rounding_down', 'compat')
+# %% ../nbs/11_methods.ipynb #69f9fc32
+_KD = dict(**_FEDMPQ, teacher='fp')
+
+RECIPES |= {
+    'fedavg-kd': dict(update='fp32', teacher='fp'),
+    'qat-uniform-kd': dict(**_QAT, teacher='fp'),
+    'fedmpq-kd': _KD,
+    'fedmpq-kd-high': dict(**_KD, alpha=1.0),
+    **{f'fedmpq-kd-{teacher}': _KD | dict(teacher=teacher) for teacher in ('delivered', 'q8', 'ema')},
+    **{f'fedmpq-kd-{loss}': dict(**_KD, kd_loss=loss) for loss in ('reverse', 'js', 'dkd', 'dist', 'mse')},
+    'fedmpq-kd-co': dict(**_KD, teacher_frozen=False),
+    'fedmpq-kd-every5': dict(**_KD, teacher_refresh=5),
+    'fedmpq-kd-epoch': dict(**_KD, teacher_refresh=0),
+    **{f'fedmpq-kd-{kind}': dict(**_KD, alpha_schedule=kind) for kind in ('linear', 'cosine')},
+    'fedmpq-kd-ratio': dict(**_KD, alpha_schedule='grad-ratio'),
+    **{f'fedmpq-kd-{gate}': dict(**_KD, kd_gate=gate) for gate in ('agree', 'entropy')},
+    'fedmpq-kd-accuracy': dict(**_KD, kd_gate='teacher-accuracy'),
+    'fedmpq-kd-cooling': dict(**_KD, temperature=4.0, temperature_schedule='linear', temperature_end=1.0),
+    'fedmpq-kd-plain': dict(**_KD, **_PLAIN),
+    'fedmpq-kd-sr': dict(**_KD, **_SR),
+    'fedmpq-kd-ternary': dict(**_KD, bits=(1.0,)),
+    'fedmpq-kd-moshpit': _KD | _PEERS | dict(teacher='delivered')}
+
+# %% ../nbs/11_methods.ipynb #0b2a17ff
+_IDLE: tuple[tuple[Any, tuple[str, ...]], ...] = (  # (when nothing of this is used, fields)
+    (lambda c: not c.distils, ('temperature_schedule', 'temperature_end', 'kd_loss', 'teacher', 'alpha_schedule', 'alpha_end',
+                               'kd_warmup_rounds', 'kd_gate', 'teacher_refresh', 'teacher_frozen')),
+    (lambda c: not c.distils and c.exchange == 'model', ('temperature',)),
+    (lambda c: c.update == 'fp32', ('bit_lr', 'scale_update', 'assignment', 'lambda_b', 'prune_threshold', 'prune_lsb', 'overshoot',
+                                    'rounding_up', 'rounding_down', 'compat')),
+    (lambda c: c.uplink == 'model', ('update_bits', 'update_norm', 'error_feedback')),
+    (lambda c: c.uplink != 'pq', ('pq_dim', 'pq_centroids', 'codebook')),
+    (lambda c: c.exchange == 'model', ('public_images', 'public_epochs', 'logits')),
+    (lambda c: c.exchange == 'model' or c.logits != 'topk', ('logits_topk',)),
+    (lambda c: c.aggregate != 'moshpit', ('grid_axes', 'moshpit_iterations', 'peer_failure', 'hop')))
 
 def make_config(
     method: str,  # a recipe's name
@@ -45,11 +95,10 @@ def make_config(
     if method not in RECIPES: raise ValueError(f'unknown method {method!r}; choose from {", ".join(RECIPES)}')
     recipe = RECIPES[method]
     if 'teacher' in recipe and 'alpha' not in fields | recipe: raise ValueError(f'{method} distils: give alpha (0 switches it off)')
-    config = config_from(fields | recipe | dict(method=method))
-    defaults = RunConfig()
-    silent = recipe.get('alpha') == 0 or not config.distils
-    unused = (_KD_FIELDS if silent else ()) + (_BIT_FIELDS if config.update == 'fp32' else ())
-    return dataclasses.replace(config, **{f: getattr(defaults, f) for f in unused})
+    values = fields | recipe | dict(method=method)
+    if recipe.get('alpha') == 0: values |= dict(alpha_schedule='const')
+    config, defaults = config_from(values), RunConfig()
+    return dataclasses.replace(config, **{f: getattr(defaults, f) for idle, names in _IDLE if idle(config) for f in names})
 
 # %% ../nbs/11_methods.ipynb #c01e7d00
 def difference(

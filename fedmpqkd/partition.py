@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'Partition', 'as_labels', 'deal', 'even_cut', 'iid_split', '
 # %% ../nbs/03_partition.ipynb #3a7b774d
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,12 @@ class Partition:
 
     parts: tuple[np.ndarray, ...]  # per client: sorted int64 positions in the training set
     how: str  # e.g. 'dirichlet(0.5), 3 draws'
+    spare: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # sorted positions that no client holds
 
     def __post_init__(self):
-        if any(p.dtype != np.int64 or p.ndim != 1 or (np.diff(p) <= 0).any() for p in self.parts):
+        if any(p.dtype != np.int64 or p.ndim != 1 or (np.diff(p) <= 0).any() for p in (*self.parts, self.spare)):
             raise ValueError('each part must be a sorted int64 array without repetition')
-        together = np.sort(np.concatenate(self.parts))
+        together = np.sort(np.concatenate([*self.parts, self.spare]))
         if not np.array_equal(together, np.arange(len(together))):
             raise ValueError('the parts do not hold every index exactly once')
 
@@ -38,6 +39,11 @@ class Partition:
     def sizes(self) -> np.ndarray:
         "Images per client, int64 [K]."
         return np.array([len(p) for p in self.parts])
+
+    def without(self, index: np.ndarray) -> 'Partition':
+        "The same, but nobody holds these images: kept for validation, or made public."
+        parts = tuple(np.setdiff1d(p, index) for p in self.parts)
+        return replace(self, parts=parts, spare=np.union1d(self.spare, index).astype(np.int64))
 
     def table(self, y: Any, classes: int) -> Any:
         "Counts as a data frame, one row a client and one column a class."

@@ -19,10 +19,16 @@ import pytest  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from fedmpqkd import evidence  # noqa: E402
-from fedmpqkd.core import ALGORITHM_VERSION  # noqa: E402
+from conftest import ROOT  # noqa: E402
+from fedmpqkd import claims, evidence  # noqa: E402
+from fedmpqkd.core import ALGORITHM_VERSION, config_from  # noqa: E402
+from fedmpqkd.data import load_dataset  # noqa: E402
 from fedmpqkd.experiments import EXPERIMENTS, plan  # noqa: E402
+from fedmpqkd.federation import final_states, open_run  # noqa: E402
 from fedmpqkd.methods import RECIPES, make_config, register_method  # noqa: E402
+from fedmpqkd.models import build_model, layout  # noqa: E402
+from fedmpqkd.robustness import stress_test  # noqa: E402
+from fedmpqkd.server import Server, downlink  # noqa: E402
 
 KD, PLAIN = (84.5, 84.7, 84.9), (81.8, 82.1, 82.4)
 PAIR = [("fedmpq-kd", "fedmpq")]
@@ -33,7 +39,7 @@ def record(method: str, seed: int, accuracy: float, *, down: int = 1_500_000, up
     "A record with a flat curve of four rounds, made by hand."
     config = make_config(method, **dict(alpha=0.5, rounds=4) | fields | dict(seed=seed))
     line = dict(accuracy=accuracy, accuracy_fp=accuracy + 1, accuracy_quantised=accuracy - 1, ece=0.05, bytes_down=down, bytes_up=up,
-                moved=0.25, lasso_moved=lasso, bits=list(bits), kd=kd if config.alpha else 0.0)
+                moved=0.25, lasso_moved=lasso, bits=list(bits), kd=kd if config.alpha else 0.0, sampled=10, arrived=10)
     n = config.rounds
     return dict(
         id=f"{method}-{seed}", algorithm=ALGORITHM_VERSION, config=dataclasses.asdict(config), commit="",
@@ -88,10 +94,14 @@ def test_records_of_another_algorithm_are_left_out_aloud(tmp_path: Path, capsys)
     (record("fedmpq", 7, 80, dirichlet=0.1), "records of fedmpq differ in dirichlet"),
     (record("fedmpq-kd", 7, 80, alpha=1.0), "records of fedmpq-kd differ in alpha"),
     (record("fedavg", 0, 80, rounds=5), "fedavg and fedmpq-kd differ in rounds"),
+    (record("fedavg", 0, 80, label_noise=0.1), "fedavg and fedmpq-kd differ in label_noise"),
+    (record("fedavg", 0, 80, validation=0.05), "fedavg and fedmpq-kd differ in validation"),
+    (record("fedavg", 0, 80, warm_start="fedavg:2"), "fedavg and fedmpq-kd differ in warm_start"),
+    (record("fedmpq", 7, 80, lr=0.3), "records of fedmpq differ in lr"),
     (record("fedmpq", 1, 99), "fedmpq with seed 1 is there twice"),
     (record("fedavg", 0, 80) | dict(data=THREE[0]["data"] | dict(fingerprint="g")), "saw other data")])
 def test_records_that_must_not_be_averaged(other: dict, complaint: str):
-    for show in (evidence.runs_frame, evidence.table, evidence.comparisons, evidence.reading, evidence.caption, evidence.plot_curves):
+    for show in (evidence.runs_frame, evidence.table, evidence.comparisons, claims.reading, claims.caption, evidence.plot_curves):
         with pytest.raises(ValueError, match=complaint): show(THREE + [other])
 
 
@@ -143,7 +153,7 @@ def test_spread_is_the_sample_standard_deviation(hundredths: list[int]):
 
 
 def test_rows_follow_the_recipes_unless_told():
-    some = [record(m, 0, 50.0) for m in reversed(list(RECIPES)) if m != "fedmpq-official"]
+    some = [record(m, 0, 50.0, public_images=40) for m in reversed(list(RECIPES)) if m != "fedmpq-official"]
     assert list(evidence.table(some).index) == [m for m in RECIPES if m != "fedmpq-official"]
     assert list(evidence.table(some, order=["fedmpq-kd", "fedmpq", "unheard-of"]).index)[:3] == ["fedmpq-kd", "fedmpq", "fedavg"]
 
@@ -217,12 +227,14 @@ def test_ordinary_frames_can_be_written_too():
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
 def test_latex_compiles(tmp_path: Path, odd_name: str):
-    records = THREE + rows(odd_name, (70, 71, 72)) + rows("fedmpq-kd-delivered", (83, 84, 85))
-    evidence.write_outputs(records, tmp_path / "generated", "exp1")
-    (tmp_path / "generated" / "claims.tex").write_text(evidence.to_latex(evidence.beside_the_paper(records).iloc[:, :6]))
+    records = THREE + rows(odd_name, (70, 71, 72)) + [tried("fedmpq-kd-delivered", s, 20 + s, lr=0.03) for s in range(3)]
+    claims.write_outputs(records, tmp_path / "generated", "exp1")
+    (tmp_path / "generated" / "claims.tex").write_text(evidence.to_latex(claims.beside_the_paper(records, "exp1").iloc[:, :6]))
     (tmp_path / "main.tex").write_text(r"""\documentclass{article}\usepackage[margin=1in]{geometry}\usepackage{booktabs,graphicx}
 \begin{document}\input{generated/exp1_caption}\begin{table}\footnotesize\centering\setlength{\tabcolsep}{3pt}
 \input{generated/exp1}\caption{\generatedcaption}\end{table}
+\begin{table}\footnotesize\centering\setlength{\tabcolsep}{3pt}
+\input{generated/exp1_robustness_caption}\input{generated/exp1_robustness}\caption{\generatedcaption}\end{table}
 \noindent\input{generated/claims}\par\noindent\includegraphics[width=\textwidth]{generated/exp1}\end{document}""")
     done = subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"], cwd=tmp_path, capture_output=True)
     log = done.stdout.decode("utf-8", "replace")
@@ -303,15 +315,15 @@ def test_default_claims_are_those_that_were_run():
 
 # beside the paper, reading, caption ---------------------------------------------------------------------------------------
 
-def at(preset: str, seed: int, method: str, accuracy: float) -> dict:
-    "A hand-made record with exactly the setting of a preset of Experiment 1."
-    c = next(c for c in plan(EXPERIMENTS["exp1"], preset, seeds=seed) if c.method == method)
-    return record(method, seed, accuracy, **{k: v for k, v in dataclasses.asdict(c).items() if k not in ("method", "seed")})
+def at(preset: str, seed: int, method: str, accuracy: float, experiment: str = "exp1", **kw) -> dict:
+    "A hand-made record with exactly the setting of a preset."
+    c = next(c for c in plan(EXPERIMENTS[experiment], preset, seeds=seed) if c.method == method)
+    return record(method, seed, accuracy, **{k: v for k, v in dataclasses.asdict(c).items() if k not in ("method", "seed")} | kw)
 
 
 def test_the_published_setting_is_recognised():
     records = [at("paper", s, m, a) for m, a in (("fedavg", 87.5), ("fedmpq", 82.1), ("fedmpq-kd", 84.7)) for s in (0, 1)]
-    beside = evidence.beside_the_paper(records).set_index(["subject", "quantity"])
+    beside = claims.beside_the_paper(records, "exp1").set_index(["subject", "quantity"])
     assert set(beside["other scale than the paper"]) == {""}
     gap = beside.loc[("fedmpq-kd - fedmpq", "gap to fedavg closed %")]
     assert gap["paper claims"] == 51 and gap["measured"] == pytest.approx(48.148148)  # 2.6 of 5.4
@@ -323,19 +335,19 @@ def test_the_published_setting_is_recognised():
 @pytest.mark.parametrize("preset, apart", [("study", {"rounds", "train_images", "test_images"}), ("smoke", {"dataset", "model", "clients"})])
 def test_other_scales_are_named(preset: str, apart: set):
     r = at(preset, 0, "fedmpq", 50.0)
-    named = evidence.beside_the_paper([r])["other scale than the paper"].unique()
+    named = claims.beside_the_paper([r], "exp1")["other scale than the paper"].unique()
     assert len(named) == 1 and apart <= set(named[0].split(", "))
-    assert evidence.scale_of(r) == f"exp1/{preset}" and f"preset exp1/{preset}." in evidence.caption([r])
+    assert claims.scale_of(r) == f"exp1/{preset}" and f"preset exp1/{preset}." in claims.caption([r])
 
 
 def test_a_gap_that_is_not_there_cannot_be_closed():
     records = [at("study", 0, m, a) for m, a in (("fedavg", 80.0), ("fedmpq", 82.1), ("fedmpq-kd", 84.7))]
-    beside = evidence.beside_the_paper(records).set_index(["subject", "quantity"])
+    beside = claims.beside_the_paper(records, "exp1").set_index(["subject", "quantity"])
     assert math.isnan(beside.loc[("fedmpq-kd - fedmpq", "gap to fedavg closed %"), "measured"])
 
 
 def test_reading_of_three_seeds():
-    said = evidence.reading(THREE)
+    said = claims.reading(THREE)
     for part in ("84.70 ± 0.20 % (n=3)", "2.60 points ahead of `fedmpq`", "+2.60 points over 3 paired seeds", "p = 0.00049", "undecided",
                  "4.50 MB down and 1.00 MB up", "1.50 and 1.00 (+200.0 % down, +0.0 % up)", "10.0 % more time", "25 % of its weights",
                  "the regulariser alone none", "1 bit-width occurred in its layers (4)", "6 runs together took 60 s on a laptop (2 threads)"):
@@ -344,18 +356,18 @@ def test_reading_of_three_seeds():
 
 
 def test_reading_of_one_seed_is_a_demonstration():
-    said = evidence.reading([THREE[0], THREE[3]])
+    said = claims.reading([THREE[0], THREE[3]])
     assert said.startswith("A single seed: a demonstration") and "cannot be tested: undecided" in said and "±" not in said
-    assert "single seed of `fedavg`: a demonstration" in evidence.reading(THREE + [record("fedavg", 0, 90)])
-    assert "nan" not in evidence.reading([record("fedavg", 0, 90)])
+    assert "single seed of `fedavg`: a demonstration" in claims.reading(THREE + [record("fedavg", 0, 90)])
+    assert "nan" not in claims.reading([record("fedavg", 0, 90)])
 
 
 def test_reading_notices_what_did_not_happen():
     never = rows("fedmpq-kd", KD, kd=0.0) + THREE[3:]
-    assert "No round of `fedmpq-kd` distilled anything" in evidence.reading(never)
-    moved = evidence.reading(rows("fedmpq", PLAIN, lasso=0.002, bits=(3, 4, 5)))
+    assert "No round of `fedmpq-kd` distilled anything" in claims.reading(never)
+    moved = claims.reading(rows("fedmpq", PLAIN, lasso=0.002, bits=(3, 4, 5)))
     assert "the regulariser alone 0.2 %" in moved and "3 bit-widths occurred in its layers (3, 4, 5)" in moved
-    elsewhere = evidence.reading(rows("fedmpq-kd", KD, device="a GPU") + THREE[3:])
+    elsewhere = claims.reading(rows("fedmpq-kd", KD, device="a GPU") + THREE[3:])
     assert "its time cannot be compared" in elsewhere and "more time" not in elsewhere and "a GPU (2 threads) and a laptop" in elsewhere
 
 
@@ -363,34 +375,286 @@ def test_reading_notices_what_did_not_happen():
     ((82.0, 82.1, 82.2), "within the spread over seeds (0.30): as far as these seeds can tell it equals uniform quantisation"),
     ((80.0, 80.1, 80.2), "more than the spread over seeds (0.30)"), ((82.0,), "one seed cannot tell")])
 def test_reading_compares_with_uniform_quantisation(uniform: tuple, said: str):
-    assert said in evidence.reading(rows("fedmpq", PLAIN[:len(uniform)]) + rows("qat-uniform", uniform))
+    assert said in claims.reading(rows("fedmpq", PLAIN[:len(uniform)]) + rows("qat-uniform", uniform))
 
 
 def test_caption_says_what_there_is():
-    text = evidence.caption(THREE + [record("fedavg", 0, 90)])
+    text = claims.caption(THREE + [record("fedavg", 0, 90)])
     for part in ("1,000 training and 500 test images", "10 clients", "Dirichlet 0.5", "4 rounds of 1 local epoch, 4 bits a weight", "distillation weight 0.5 at",
                  "seeds 0, 1, 2 (n=3; fedavg n=1)", "fp32 on a laptop", "none (own setting)", "fp32 for fedavg, quantised for all others",
-                 "mean of the last 4 rounds", "± is the standard deviation"): assert part in text, part
-    assert "A single seed: a demonstration" in evidence.caption(THREE[:1])
+                 "all at the same rate (0.1)", "mean of the last 4 rounds", "± is the standard deviation"): assert part in text, part
+    assert "A single seed: a demonstration" in claims.caption(THREE[:1])
 
 
 # files --------------------------------------------------------------------------------------------------------------------
 
 def test_equal_records_make_equal_files(tmp_path: Path):
-    paths = evidence.write_outputs(THREE, tmp_path / "one", "exp1")
+    paths = claims.write_outputs(THREE, tmp_path / "one", "exp1")
     assert [p.name for p in paths] == ["exp1.tex", "exp1_caption.tex", "exp1.md", "exp1.pdf"]
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(p.name for p in paths), "nothing half-written is left"
-    again = evidence.write_outputs(copy.deepcopy(THREE[::-1]), tmp_path / "two", "exp1")
+    again = claims.write_outputs(copy.deepcopy(THREE[::-1]), tmp_path / "two", "exp1")
     assert [p.read_bytes() for p in again[:-1]] == [p.read_bytes() for p in paths[:-1]], "the order of the records does not matter"
     pdf = paths[-1].read_bytes()
-    assert evidence.write_outputs(THREE, tmp_path / "one", "exp1")[-1].read_bytes() == pdf
+    assert claims.write_outputs(THREE, tmp_path / "one", "exp1")[-1].read_bytes() == pdf
     assert pdf.startswith(b"%PDF") and b"CreationDate" not in pdf and b"/Type3" not in pdf
-    other = evidence.write_outputs(rows("fedmpq", (1, 2, 3)), tmp_path / "one", "exp1")
+    other = claims.write_outputs(rows("fedmpq", (1, 2, 3)), tmp_path / "one", "exp1")
     assert other[-1].read_bytes() != pdf
 
 
 def test_the_page_holds_table_caption_reading_and_claims(tmp_path: Path):
-    text = evidence.write_outputs(THREE, tmp_path, "exp1")[2].read_text()
-    assert evidence.to_markdown(evidence.table(THREE)) in text and evidence.caption(THREE) in text and evidence.reading(THREE) in text
+    text = claims.write_outputs(THREE, tmp_path, "exp1")[2].read_text()
+    assert evidence.to_markdown(evidence.table(THREE)) in text and claims.caption(THREE) in text and claims.reading(THREE) in text
     assert "| paper claims |" in text and "| verdict |" in text
-    assert "paper claims" not in evidence.write_outputs(THREE, tmp_path, "exp2")[2].read_text()
+    assert "paper claims" not in claims.write_outputs(THREE, tmp_path, "mine")[2].read_text()
+    assert not (tmp_path / "exp1_robustness.tex").exists(), "nothing was tried"
+
+
+# rates of their own -------------------------------------------------------------------------------------------------------
+
+TUNED = rows("fedavg", (90, 91, 92), optimizer="adamw", lr=0.001) + rows("fedmpq-kd", KD, lr=0.3) + rows("fedmpq", PLAIN, lr=0.03)
+
+
+def test_each_method_may_have_its_own_rate_and_the_table_shows_it():
+    t = evidence.table(TUNED)
+    assert t["lr"].to_dict() == {"fedavg": 0.001, "fedmpq": 0.03, "fedmpq-kd": 0.3} and t["n"].tolist() == [3, 3, 3]
+    lines = evidence.to_markdown(t).splitlines()
+    assert lines[0].startswith("| Method | n | lr | Accuracy % ↑ |") and lines[2].startswith("| fedavg | 3 | 0.001 | **91.00 ± 1.00** |")
+    assert "fedmpq-kd & 3 & 0.3 & $1.50$ & $1.00$ " in evidence.latex_panels(t), "above the bytes, where there is room"
+    said = claims.caption(TUNED)
+    assert "each method at its tuned rate, adamw for fedavg;" in said and "same rate" not in said
+    assert "lr" not in evidence.table(THREE) and "lr" not in evidence.to_markdown(evidence.table(THREE))
+
+
+def test_a_rate_that_all_share_is_no_column_even_if_it_is_unusual():
+    same = rows("fedmpq-kd", KD, lr=0.3) + rows("fedmpq", PLAIN, lr=0.3)
+    assert "lr" not in evidence.table(same) and "all at the same rate (0.3);" in claims.caption(same)
+
+
+# attacks and corruptions --------------------------------------------------------------------------------------------------
+
+def tried(method: str, seed: int, hit: float, *, corrupted: bool = True, **fields) -> dict:
+    "A record whose deployed model keeps `hit` percent under FGSM at 2/255, and 30 + seed at severity 3."
+    r = record(method, seed, 80.0, **fields)
+    own = "fp" if r["config"]["update"] == "fp32" else "deployed"
+    attacks = {f"fgsm {e}/255": hit + 2 - e for e in (1, 2, 4, 8)} | {"pgd-10 2/255": hit - 3.0}
+    if own == "deployed": attacks["transfer fgsm 2/255"] = hit + 10
+    r["robustness"] = dict(images=500, seed=seed, diverged=[], clean={own: 79.0, "fp": 79.0}, attacks={"fp": {}, own: attacks})
+    if corrupted:
+        r["robustness"] |= dict(corruption_means={"fp": {}, own: dict(mca=40.0, severity_3=30.0 + seed)}, corruption_set="digits-C (rebuilt, 14 of 19)")
+    return r
+
+
+HITS = [tried(m, s, h + s) for m, h in (("fedmpq", 20.0), ("fedmpq-kd", 23.0), ("fedavg", 26.0)) for s in range(3)]
+
+
+def test_table_of_trials_has_the_known_means_and_spreads():
+    t = evidence.robustness_table(HITS)
+    assert list(t.index) == ["fedavg", "fedmpq", "fedmpq-kd"] and t["n"].tolist() == [3, 3, 3]
+    assert list(t.columns.unique(0)) == ["n", "Clean %", "FGSM 1/255", "FGSM 2/255", "FGSM 4/255", "FGSM 8/255", "PGD-10 2/255",
+                                         "Transfer 2/255", "mCA", "Severity 3"]
+    for e, means in {1: [28, 22, 25], 2: [27, 21, 24], 4: [25, 19, 22], 8: [21, 15, 18]}.items():
+        assert t[f"FGSM {e}/255"]["mean"].tolist() == pytest.approx(means) and t[f"FGSM {e}/255"]["std"].tolist() == pytest.approx([1, 1, 1])
+    assert t["PGD-10 2/255"]["mean"].tolist() == pytest.approx([24, 18, 21])
+    assert t["Transfer 2/255"]["mean"].tolist()[1:] == pytest.approx([31, 34]) and math.isnan(t.loc["fedavg", ("Transfer 2/255", "mean")])
+    assert t["Severity 3"].to_numpy() == pytest.approx(np.array([[31, 1]] * 3)) and t["mCA"]["std"].tolist() == [0, 0, 0]
+    text = evidence.to_markdown(t[["n", "FGSM 2/255", "Transfer 2/255"]]).splitlines()
+    assert text[2] == "| fedavg | 3 | **27.00 ± 1.00** | – |" and text[4] == "| fedmpq-kd | 3 | 24.00 ± 1.00 | **34.00 ± 1.00** |"
+    assert r"$\mathbf{27.00 \pm 1.00}$ & --" in evidence.to_latex(t[["n", "FGSM 2/255", "Transfer 2/255"]])
+
+
+def test_only_trials_that_took_place_are_shown():
+    some = [tried("fedmpq", s, 20 + s, corrupted=False) for s in range(3)]
+    assert list(evidence.robustness_table(some + THREE[:3]).columns.unique(0))[-1] == "Transfer 2/255"
+    assert list(evidence.robustness_table(some + THREE[:3]).index) == ["fedmpq"], "methods that were not tried have no row"
+    with pytest.raises(ValueError, match="run with stress="): evidence.robustness_table(THREE)
+    assert "mCA" not in claims.robustness_caption(some) and "digits-C (rebuilt, 14 of 19)" in claims.robustness_caption(HITS)
+
+
+def test_a_diverged_model_is_a_dash_and_not_left_out_of_a_mean():
+    some = copy.deepcopy(HITS)
+    some[1]["robustness"] = dict(images=500, seed=1, diverged=["deployed", "fp"])
+    t = evidence.robustness_table(some)
+    assert t.loc["fedmpq"].drop(("n", "")).isna().all() and t.loc["fedmpq", ("n", "")] == 3 and t.loc["fedmpq-kd", ("FGSM 2/255", "mean")] == 24
+    assert "under FGSM" not in claims.reading(some)
+
+
+@pytest.mark.parametrize("change", [dict(images=1000), dict(corruption_set="digits-C (rebuilt, 19 of 19)")])
+def test_trials_on_other_images_are_not_averaged(change: dict):
+    some = copy.deepcopy(HITS)
+    some[0]["robustness"] |= change
+    with pytest.raises(ValueError, match="different images"): evidence.robustness_table(some)
+
+
+@pytest.mark.parametrize("method, own", [("fedmpq", "deployed"), ("fedavg", "fp")])
+def test_a_real_trial_fits_into_the_table(method: str, own: str):
+    "The names in the record are those that the stress test writes."
+    config = make_config(method, model="resnet8", clients=2, rounds=1)
+    federation = open_run(config, load_dataset("digits").subset(train=40, test=40), workers=1)
+    found = stress_test(federation.crew, final_states(federation), images=20, corruptions=("contrast",), severities=(1, 3), cache=False)
+    federation.crew.close()
+    row = evidence.robustness_table([record(method, 0, 50.0) | dict(robustness=found)]).loc[method]
+    assert row["Clean %", "mean"] == found["clean"][own] and row["PGD-10 2/255", "mean"] == found["attacks"][own]["pgd-10 2/255"]
+    assert row["FGSM 8/255", "mean"] == found["attacks"][own]["fgsm 8/255"]
+    assert row["Severity 3", "mean"] == found["corruptions"][own]["contrast"]["3"]
+    assert row["mCA", "mean"] == pytest.approx(sum(found["corruptions"][own]["contrast"].values()) / 2)
+    assert ("Transfer 2/255" in row.index.unique(0)) == (method == "fedmpq")
+
+
+def test_files_of_an_experiment_with_trials(tmp_path: Path):
+    paths = claims.write_outputs(HITS, tmp_path, "exp2")
+    assert sorted(p.name for p in paths) == ["exp2.md", "exp2.pdf", "exp2.tex", "exp2_caption.tex", "exp2_robustness.tex", "exp2_robustness_caption.tex"]
+    text = (tmp_path / "exp2.md").read_text()
+    assert evidence.to_markdown(evidence.robustness_table(HITS)) in text and claims.robustness_caption(HITS) in text
+    assert "under FGSM at 2/255 `fedmpq` 21.00 % and `fedmpq-kd` 24.00 %; at severity 3 of the corruptions `fedmpq` 31.00 %" in text
+
+
+# the paper's second experiment --------------------------------------------------------------------------------------------
+
+def test_claimed_differences_are_those_of_the_entries():
+    for experiment, claimed in claims.PAPER.items():
+        for subject in (s for s in claimed if " - " in s):
+            a, b = (claimed[m] for m in subject.split(" - "))
+            assert claimed[subject]["accuracy, points"] == pytest.approx(a["accuracy %"] - b["accuracy %"]), (experiment, subject)
+            for ours, entry in (("client std, points", "client std"), ("corrupted, points", claims._SHIFT), ("FGSM, points", claims._FGSM)):
+                if ours in claimed[subject]: assert claimed[subject][ours] == pytest.approx(a[entry] - b[entry])
+            for ours, entry in (("AUC %", "AUC (sum)"), ("bytes %", "MB/client")):
+                if ours in claimed[subject]: assert claimed[subject][ours] == pytest.approx(100 * (a[entry] / b[entry] - 1), abs=0.05)
+
+
+def exp2(preset: str, method: str, seed: int, accuracy: float, hit: float = 20.0, **kw) -> dict:
+    return at(preset, seed, method, accuracy, "exp2", **kw) | dict(robustness=tried(method, seed, hit, alpha=0.5, public_images=40)["robustness"])
+
+
+def test_experiment_2_beside_the_paper():
+    records = [exp2("paper", m, s, a + s, h, **kw) for m, a, h, kw in (
+        ("fedmpq", 40.0, 20.0, {}), ("fedmpq-kd", 42.0, 22.5, dict(seconds=2.5)), ("fedkd", 41.0, 21.0, dict(down=22_500_000, up=27_500_000)))
+        for s in (0, 1)]
+    beside = claims.beside_the_paper(records, "exp2").set_index(["subject", "quantity"])
+    assert set(beside["other scale than the paper"]) == {""} and not {"qat-uniform", "fedmpq-kd-high"} & set(beside.index.get_level_values(0))
+    gain = beside.loc["fedmpq-kd - fedmpq"]
+    assert gain["paper claims"].to_dict() == pytest.approx({"accuracy, points": 1.7, "time %": 9, "client std, points": -0.9, "corrupted, points": 2.5,
+                                                            "FGSM, points": 1.5})
+    assert gain["measured"].to_dict() == pytest.approx({"accuracy, points": 2, "time %": 25, "client std, points": 0, "corrupted, points": 0,
+                                                        "FGSM, points": 2.5})
+    assert beside.loc[("fedmpq-kd - fedkd", "bytes %"), "measured"] == pytest.approx(-95)  # 2.5 MB of 50
+    own = beside.loc["fedmpq"]
+    assert own.loc["accuracy %", ["measured", "std", "n"]].tolist() == pytest.approx([40.5, 0.5**0.5, 2])
+    assert own.loc["corrupted, severity 3, %", "measured"] == pytest.approx(30.5) and own.loc["FGSM 2/255 %", "measured"] == pytest.approx(20)
+    assert own.loc["MB/client", "measured"] == pytest.approx(0.25), "2.5 MB of ten clients"
+    noise = own.loc["after 10 % label noise, points"]
+    assert noise["paper claims"] == -5.2 and noise["n"] == 0 and math.isnan(noise["measured"])
+    with pytest.raises(ValueError, match="claims about exp1, exp2"): claims.beside_the_paper(records, "exp3")
+
+
+@pytest.mark.parametrize("preset", ["mini", "study"])
+def test_scaled_down_presets_say_so(preset: str):
+    r = exp2(preset, "fedmpq-kd", 0, 40.0, lr=0.01)
+    r["data"] = dict(name="cifar100-coarse", fingerprint="f", train=4000, test=1000, classes=20)
+    (named,) = set(claims.beside_the_paper([r], "exp2")["other scale than the paper"])
+    assert {"dataset", "model", "clients", "participation", "train_images", "rounds", "lr"} <= set(named.split(", "))
+    assert not {"stress", "eval_images", "precision", "seed", "validation"} & set(named.split(", "))
+    said = claims.caption([r])
+    for part in ("cifar100-coarse (20 coarse classes), 4,000 training", "mobilenetv2-imagenet (ImageNet strides), 20 clients, 40 % of them in a round, "
+                 "20 % of whom fail, 5 % of their images kept for validation, Dirichlet 0.1", "2 local epochs", f"preset exp2/{preset}."):
+        assert part in said, part
+
+
+def test_a_tuning_run_is_nobodys_preset():
+    assert claims.scale_of(at("study", 0, "fedmpq", 50.0)) == "exp1/study" and claims.scale_of(at("study", 0, "fedmpq", 50.0, validation=0.1)) == ""
+    assert claims.scale_of(at("study", 0, "fedmpq", 50.0, lr=0.3)) == "exp1/study", "a tuned rate belongs to the method"
+
+
+def test_caption_names_unusual_conditions():
+    noisy = [record("fedkd", 0, 50, label_noise=0.2, noise_clients=0.1, noise_from=60, public_images=1000, rounds=100, dropout=0.2),
+             record("fedmpq-kd", 0, 50, label_noise=0.2, noise_clients=0.1, noise_from=60, rounds=100, dropout=0.2, alpha=1.0)]
+    for part in ("10 clients, 20 % of them fail in a round, 20 % of the labels of 10 % of the clients wrong after round 60, Dirichlet", "4 bits a weight, "
+                 "distillation weight 1 at temperature 2, 1,000 public images for fedkd, all at"): assert part in claims.caption(noisy), part
+    assert "40 % of the labels of all clients wrong, warm start public:3, Dirichlet" in claims.caption(
+        [record("fedavg", 0, 50, label_noise=0.4, warm_start="public:3")])
+
+
+# equal bytes --------------------------------------------------------------------------------------------------------------
+
+SHAPE = layout(build_model("resnet20", 10))
+REST = 23_112 + 31 + 4 + 4 * 128 + 2 * 108  # what is not planes: norms, shortcuts, bias, scales; header, checksum, one head a tensor
+
+
+def by_formula(bits) -> int:
+    "Bytes of ResNet-20 at a number of bits per layer: a sign plane and the planes."
+    return REST + sum(-(-d // 8) * (b + 1) for d, b in zip(SHAPE.sizes(), bits, strict=True))
+
+
+def control_of(r: dict, **fields):
+    "Uniform quantisation in the setting of a record."
+    return make_config("qat-uniform", **{k: getattr(config_from(r["config"]), k) for k in (*evidence.SETTING, "seed", "lr")} | fields)
+
+
+def lengths(matched: claims.Matched) -> list[int]:
+    "What a server with this configuration sends to each client, byte by byte."
+    model = build_model("resnet20", 10)
+    server = Server(matched.config, SHAPE, model.state_dict())
+    return [len(downlink(server, k, 0)[0]) for k in range(matched.config.clients)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_control_of_the_committed_runs_has_their_bytes(seed: int):
+    found = [r for r in evidence.load_records(ROOT / "results", "exp1", "study") if (r["config"]["method"], r["config"]["seed"]) == ("fedmpq", seed)]
+    if not found: pytest.skip("no committed records")
+    matched = claims.equal_bytes(found[0], control_of(found[0]))
+    assert matched.config.bits == (4.0,) and matched.config.seed == seed and matched.config.method == "qat-uniform"
+    assert claims.message_bytes(found[0])["down"] == by_formula([4] * 20) == 191_585
+    assert matched.residual["down"] == 0 and 0 <= matched.residual["up"] < 0.01
+    assert 191_585 * 200 / found[0]["summary"]["bytes_up"] - 1 == pytest.approx(matched.residual["up"])
+
+
+def pruned(down: float, up: float, sampled: int = 10, arrived: int = 10, **fields) -> dict:
+    "A record of FedMPQ on ResNet-20 whose messages have these average lengths."
+    r = record("fedmpq", 0, 50.0, **fields)
+    for line in r["curve"]: line |= dict(sampled=sampled, arrived=arrived, bytes_down=down * sampled, bytes_up=up * arrived)
+    return r
+
+
+@pytest.mark.parametrize("pay", [0.0, 0.07, 0.31, 0.5, 0.77, 0.93])
+@pytest.mark.parametrize("floor", [1, 3, 6])
+def test_pruned_bits_are_matched_within_one_percent(pay: float, floor: int):
+    "However many planes FedMPQ's clients dropped, some mixture over layers and clients sends as much."
+    bytes_each = by_formula([floor] * 20) + pay * (by_formula([floor + 1] * 20) - by_formula([floor] * 20))
+    r = pruned(bytes_each, bytes_each)
+    matched = claims.equal_bytes(r, control_of(r))
+    assert matched.worst <= 0.01 and len(matched.config.bits) in (1, 10)
+    sent = lengths(matched)
+    assert sum(sent) / 10 / bytes_each - 1 == pytest.approx(matched.residual["up"], abs=1e-12)
+    assert {len(set(sent))} <= {1, 2} and by_formula([floor] * 20) <= min(sent) <= max(sent) <= by_formula([floor + 1] * 20)
+
+
+def test_layers_are_mixed_small_ones_first():
+    "All but one of the largest layers at four bits is a step; half-way to the next one, half of the clients make it."
+    all_but_one = by_formula([4] * 18 + [3, 4])
+    alone = claims.equal_bytes(r := pruned(all_but_one, all_but_one), control_of(r))
+    assert alone.worst == 0 and len(alone.config.bits) == 1 and 3.85 < alone.config.bits[0] < 3.9
+    half = (all_but_one + 191_585) / 2
+    mixed = claims.equal_bytes(r := pruned(half, half), control_of(r))
+    assert mixed.worst == pytest.approx(0) and sorted(lengths(mixed)) == [all_but_one] * 5 + [191_585] * 5
+    assert str(claims.equal_bytes(pruned(191_585, 191_585), control_of(r))) == "4 bits: +0.00 % down, +0.00 % up"
+
+
+def test_the_residual_tells_directions_apart():
+    "An uplink that is 2.4 % shorter leaves 1.2 % in each direction, and no choice of bits leaves less."
+    r = pruned(191_585, 191_585 - 4608)
+    matched = claims.equal_bytes(r, control_of(r))
+    assert matched.residual["down"] == pytest.approx(-0.0122, abs=5e-4) and matched.residual["up"] == pytest.approx(0.0122, abs=5e-4)
+
+
+def test_messages_are_counted_by_who_was_there():
+    late, early = (pruned(1000.0, 500.0, 8, 6, participation=0.8, dropout=0.25, dropout_stage=s) for s in ("after_download", "before_download"))
+    assert claims.message_bytes(late) == dict(down=1000, up=500)
+    assert claims.message_bytes(early) == dict(down=pytest.approx(8 / 6 * 1000), up=500), "who fails before the download has cost nothing"
+    with pytest.raises(ValueError, match="no client of fedmpq .seed 0. ever answered"): claims.message_bytes(pruned(1000.0, 0.0, 8, 0))
+
+
+def test_not_everything_is_a_control():
+    r = pruned(191_585, 191_585)
+    for method, fields in (("fedavg", {}), ("fedmpq", {}), ("qat-uniform-kd", dict(alpha=0.5)), ("fedkd", dict(public_images=40))):
+        with pytest.raises(ValueError, match=f"{method} is no control"): claims.equal_bytes(r, make_config(method, **fields))
+    with pytest.raises(ValueError, match="seed 3, the record 0"): claims.equal_bytes(r, control_of(r, seed=3))
+    with pytest.raises(ValueError, match="sent a teacher as well"): claims.equal_bytes(r | dict(config=THREE[0]["config"]), control_of(r))
