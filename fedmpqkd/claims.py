@@ -74,7 +74,8 @@ def _measured(runs: pd.DataFrame) -> pd.DataFrame:
     "Per run, the quantities that the paper reports of a method."
     return pd.DataFrame({
         'accuracy %': runs.accuracy, 'AUC (sum)': runs.auc_sum, 'ECE %': 100 * runs.ece,
-        'MB/round': (runs.bytes_down + runs.bytes_up) / 1e6, 'MB/client': (runs.bytes_down + runs.bytes_up) / 1e6 / runs.sampled, 's/round': runs.seconds_per_round, 'client std': runs.client_std,
+        'MB/round': (runs.bytes_down + runs.bytes_up) / 1e6, 'MB/client': (runs.bytes_down + runs.bytes_up) / 1e6 / runs.sampled,
+        's/round': runs.seconds_per_round, 'client std': runs.client_std,
         _SHIFT: runs['Severity 3'], _FGSM: runs['FGSM 2/255']}).set_axis(runs.seed)
 
 def _slower(runs: pd.DataFrame, a: str, b: str) -> pd.Series:

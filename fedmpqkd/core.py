@@ -262,6 +262,7 @@ def _validate(c: 'RunConfig') -> None:
         raise ValueError('error_feedback and a teacher that lasts both want the one memory of a client')
     if c.exchange != 'model' and not c.public_images: raise ValueError(f'exchange={c.exchange!r} needs public_images')
     if c.aggregate == 'moshpit' and (c.exchange != 'model' or c.uplink != 'model'): raise ValueError("aggregate='moshpit' exchanges models")
+    if c.hop == 'same-bits' and c.update == 'fp32': raise ValueError("hop='same-bits' is for quantised clients: a full-precision one has no bits")
     if c.aggregate == 'moshpit' and c.distils and c.teacher not in ('delivered', 'ema'):
         raise ValueError(f"aggregate='moshpit' has no server: teacher={c.teacher!r} cannot be sent, use delivered or ema")
     if c.optimizer == 'adamw' and c.update not in ('fp32', 'latent'):

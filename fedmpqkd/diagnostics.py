@@ -79,7 +79,7 @@ def onlooker(
 ) -> Lesson:  # with which losses can be computed without consequences
     "A lesson to measure with."
     teacher = copy.deepcopy(lesson.teacher) if isinstance(lesson.teacher, CoTeacher) else lesson.teacher
-    return replace(lesson, teacher=teacher, ratio=copy.deepcopy(lesson.ratio), totals=dict(lesson.totals))
+    return replace(lesson, teacher=teacher, ratio=copy.deepcopy(lesson.ratio), totals=copy.deepcopy(lesson.totals))
 
 # %% ../nbs/15_diagnostics.ipynb #798ad624
 def loss_gradients(

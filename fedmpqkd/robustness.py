@@ -609,7 +609,7 @@ def contact_sheet(
     figure, axes = plt.subplots(rows, 5, figsize=(8, 1.75 * rows), squeeze=False)
     for axis in axes.flat: axis.axis('off')
     for axis, (name, view) in zip(axes.flat, views.items(), strict=False):
-        axis.imshow(view.permute(1, 2, 0).cpu().numpy()); axis.set_title(name.replace('_', ' '), fontsize=8)
+        axis.imshow(view.permute(1, 2, 0).cpu().numpy(), interpolation='nearest'); axis.set_title(name.replace('_', ' '), fontsize=8)
     figure.tight_layout()
     return figure
 
