@@ -78,7 +78,7 @@ _BUDGETS = dict(clients=10, bits=(2, 2, 4, 4, 4, 6, 6, 6, 8, 8))
 AXES |= {
     'bits': Axis('Average bits a weight; one is ternary', along('bits', 1, 2, 4, 8), 'qat-uniform,fedmpq,fedmpq-kd'),
     'budgets': Axis('Equal budgets, or those of ten different devices', dict(equal=dict(clients=10, bits=(5,)), heterogeneous=_BUDGETS),
-                    'aqfl,fedmpq,fedmpq-kd'),
+                    'aqfl,fedmpq,qat-uniform-bytes,fedmpq-kd'),
     'assignment': Axis('Who assigns bits to layers', dict(heterogeneous=_BUDGETS), 'fedmpq,fedmpq-uniform,fedmpq-random'),
     'update': Axis('How quantised weights learn', dict(base={}), 'qat-uniform,fedmpq,fedmpq-plain,fedmpq-int-sr,fedmpq-official'),
     'precond': Axis('Preconditioned planes and distillation, two by two', dict(base={}), 'fedmpq,fedmpq-kd,fedmpq-plain,fedmpq-kd-plain'),

@@ -25,8 +25,8 @@ def to_planes(
     bits: int,  # N
 ) -> Tensor:  # fp32 zeros and ones [N, *shape], most significant plane first
     "The binary digits of magnitudes."
-    shifts = torch.arange(bits - 1, -1, -1, device=levels.device).view(-1, *[1] * levels.dim())
-    return ((levels.to(torch.int32)[None] >> shifts) & 1).float()
+    shifts = torch.arange(bits - 1, -1, -1, device=levels.device, dtype=torch.uint8).view(-1, *[1] * levels.dim())
+    return ((levels.to(torch.uint8)[None] >> shifts) & 1).float()
 
 # %% ../nbs/06_bits.ipynb #25cd44d7
 def plane_weights(
@@ -249,7 +249,7 @@ def reduce_precision(
     "Precision reduction at the end of local training."
     r, n, shift = planes.levels, planes.bits, 0
     if not n: return planes
-    share = lambda plane: 100 * int(to_planes(r, n)[plane].sum()) / r.numel()
+    share = lambda plane: 100 * int((r >> (n - 1 if plane == 0 else 0) & 1).sum()) / r.numel()  # most or least significant
     if compat == 'official': r, n = _official_carry(planes, threshold)
     while n > 1 and share(0) < threshold: r, n = r.clamp(max=2 ** (n - 1) - 1), n - 1
     while prune_lsb and n > 1 and share(-1) <= threshold: r, n, shift = r >> 1, n - 1, shift + 1

@@ -24,7 +24,7 @@ from .bits import RULES, Rule, lasso_moved, moved_share, reduce_precision
 from .core import RunConfig, torch_rng
 from .data import Dataset, crop_flip, draw_views, normalize, pad_images
 from .distill import GradRatio, distill_loss, gate
-from .models import Folded, Layout, build_model, layout, use_pointwise_matmul
+from .models import Folded, Layout, build_model, layout, use_pointwise_matmul, use_tiny_depthwise
 from .quantize import Planes, QuantAct, quantize
 from .teacher import ASSIGNMENT, CoTeacher, alpha_at, remembers, teacher_state, temperature_at
 from .updates import BOOKS, Compressor, UpdateCode, dither_seeds, is_product
@@ -97,7 +97,7 @@ class Replica:
         act = None if config.act_bits == 32 else lambda: QuantAct(config.act_bits)
         model = build_model(config.model, classes, config.seed, act=act)
         self.layout = layout(model)
-        self.model = use_pointwise_matmul(model).to(device).to(memory_format=torch.channels_last)
+        self.model = use_tiny_depthwise(use_pointwise_matmul(model)).to(device).to(memory_format=torch.channels_last)
         self.state = self.model.state_dict()
         parameters = dict(self.model.named_parameters())
         self.weights = [parameters[n] for n in self.layout.quantized]

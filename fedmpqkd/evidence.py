@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from .core import ALGORITHM_VERSION, RunConfig, config_from
-from .methods import RECIPES, difference
+from .methods import EQUAL_BYTES, RECIPES, difference
 from .metrics import holm, paired_test
 from .robustness import EPSILONS, TRANSFER
 
@@ -78,7 +78,8 @@ def check_comparable(
     for r in records:
         c = config_of(r)
         twin = first.setdefault(c.method, c)
-        if apart := sorted(difference(replace(c, seed=0), replace(twin, seed=0))):
+        own = dict(seed=0) | (dict(bits=twin.bits) if c.method == EQUAL_BYTES else {})  # whose bits follow from another run
+        if apart := sorted(difference(replace(c, **own), replace(twin, seed=0))):
             raise ValueError(f'records of {c.method} differ in {", ".join(apart)}: use select(records, {apart[0]}=...)')
         if (c.method, c.seed) in seen: raise ValueError(f'{c.method} with seed {c.seed} is there twice')
         seen.add((c.method, c.seed))

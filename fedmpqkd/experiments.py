@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'Experiment', 'choose_device', 'choose_preset', 'choose_precision', 'load_plugins', 'tuned_path',
-           'tuned_values', 'tuned_for', 'plan', 'Job', 'load_task', 'open_job', 'run_job', 'run_sweep', 'Outcome',
-           'parse_fields', 'run_experiment']
+           'tuned_values', 'tuned_for', 'plan', 'Job', 'load_task', 'open_job', 'run_job', 'run_sweep', 'match_bytes',
+           'Outcome', 'parse_fields', 'run_experiment']
 
 # %% ../nbs/16_experiments.ipynb #f07bda6d
 import hashlib
@@ -26,7 +26,7 @@ from . import exchange, moshpit  # noqa: F401  they add their protocols
 from .core import Claimed, Journal, RunConfig, as_list, has_bf16, project_root, run_id
 from .data import Dataset, DataMissing, load_dataset
 from .federation import Progress, run
-from .methods import make_config
+from .methods import EQUAL_BYTES, make_config
 
 # %% ../nbs/16_experiments.ipynb #a6e5111a
 @dataclass(frozen=True)
@@ -224,6 +224,19 @@ def _through(executor: Executor, jobs: list[Job]) -> list[dict[str, Any] | None]
         except BrokenExecutor: records.append(None)
     return records
 
+# %% ../nbs/16_experiments.ipynb #cb4c782a
+def match_bytes(
+    control: RunConfig,  # of the waiting recipe
+    records: list[dict[str, Any]],  # finished
+) -> RunConfig:  # at the bits that equal FedMPQ's bytes
+    "Give the control the bytes of FedMPQ's run under the same seed."
+    from fedmpqkd.claims import equal_bytes  # it reads records, so it imports this page
+    pair = [r for r in records if (r['config']['method'], r['config']['seed']) == ('fedmpq', control.seed)]
+    if not pair: raise ValueError(f'{EQUAL_BYTES} needs a run of fedmpq with seed {control.seed}: name both methods')
+    found = equal_bytes(pair[0], control)
+    print(f'{EQUAL_BYTES}, seed {control.seed}, beside the bytes of fedmpq: {found}')
+    return found.config
+
 # %% ../nbs/16_experiments.ipynb #d822e099
 @dataclass
 class Outcome:
@@ -276,5 +289,7 @@ def run_experiment(
     configs = plan(experiment, preset, methods, seeds, tuned, **values)
     how = 'values tuned on validation images' if tuned else 'the same values for all methods'
     print(f'{name}: preset {preset} ({why}), {len(configs)} runs of {configs[0].rounds} rounds on {device}, {values["precision"]}, {how}')
-    jobs = [Job(c, str(results), f'{name}/{preset}', data_dir, device, workers, plugins) for c in configs]
-    return Outcome(name, preset, run_sweep(jobs, executor), project_root())
+    job = lambda c: Job(c, str(results), f'{name}/{preset}', data_dir, device, workers, plugins)
+    records = run_sweep([job(c) for c in configs if c.method != EQUAL_BYTES], executor)
+    records += run_sweep([job(match_bytes(c, records)) for c in configs if c.method == EQUAL_BYTES], executor)
+    return Outcome(name, preset, records, project_root())

@@ -6,7 +6,7 @@
 __all__ = ['relu', 'PadShortcut', 'make_shortcut', 'BasicBlock', 'ResNet', 'mobilenetv2', 'vit', 'register_model', 'model_names',
            'build_model', 'is_quantized', 'quantized_names', 'Layout', 'layout', 'trace_shapes', 'layer_macs',
            'count_macs', 'count_parameters', 'attention_macs', 'count_bops', 'PointwiseConv2d', 'use_pointwise_matmul',
-           'FoldedPair', 'portions', 'Folded', 'fold_batchnorm']
+           'DepthwiseConv2d', 'use_tiny_depthwise', 'FoldedPair', 'portions', 'Folded', 'fold_batchnorm']
 
 # %% ../nbs/04_models.ipynb #bd445214
 import copy
@@ -304,6 +304,44 @@ def use_pointwise_matmul(
     for m in model.modules():
         if type(m) is nn.Conv2d and (m.kernel_size, m.stride, m.padding, m.groups) == ((1, 1), (1, 1), (0, 0), 1):
             m.__class__ = PointwiseConv2d
+    return model
+
+# %% ../nbs/04_models.ipynb #3e16291a
+class _TinyDepthwise(torch.autograd.Function):
+    "A depthwise convolution whose filter gradient is a sum over shifts."
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(x, w)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, w, None, stride, padding, 1, w.shape[0])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (x, w), (g,), (sh, sw), (ph, pw) = ctx.saved_tensors, grads, ctx.stride, ctx.padding
+        height, width = g.shape[2:]
+        image, grad_w = F.pad(x, (pw, pw, ph, ph)), torch.empty_like(w)
+        for i in range(w.shape[2]):
+            for j in range(w.shape[3]):
+                shifted = image[:, :, i : i + sh * height : sh, j : j + sw * width : sw]
+                grad_w[:, 0, i, j] = (shifted * g).sum((0, 2, 3))
+        wanted = [ctx.needs_input_grad[0], False, False]
+        grad_x = torch.ops.aten.convolution_backward(g, x, w, None, ctx.stride, ctx.padding, [1, 1], False, [0, 0], len(w), wanted)[0]
+        return grad_x, grad_w, None, None
+
+# %% ../nbs/04_models.ipynb #402c639f
+class DepthwiseConv2d(nn.Conv2d):
+    "A depthwise convolution that is fast on tiny maps as well."
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != 'cpu' or x.shape[2] * x.shape[3] > 4 or x.dtype != torch.float32 or torch.is_autocast_enabled('cpu'): return super().forward(x)
+        return _TinyDepthwise.apply(x, self.weight, self.stride, self.padding)
+
+def use_tiny_depthwise(
+    model: nn.Module,  # changed in place
+) -> nn.Module:  # the same object
+    "Give every plain depthwise convolution the gradient for tiny maps."
+    for m in model.modules():
+        plain = type(m) is nn.Conv2d and m.groups == m.in_channels == m.out_channels > 1 and m.bias is None
+        if plain and m.dilation == (1, 1) and m.padding_mode == 'zeros' and not isinstance(m.padding, str): m.__class__ = DepthwiseConv2d
     return model
 
 # %% ../nbs/04_models.ipynb #e2f6f9f2

@@ -58,7 +58,7 @@ def quantize(
     scale = w.abs().max() if scale is None else scale
     u = w.abs() * (top / scale) if scale > 0 else torch.zeros_like(w)
     r = (u.round() if generator is None else round_stochastic(u, generator)).clamp_(max=top).to(torch.uint8)
-    sign = torch.where((w < 0) & (r > 0), -1, 1).to(torch.int8)
+    sign = ((w < 0) & (r > 0)).to(torch.int8).mul_(-2).add_(1)
     return Planes(r, sign, float(scale), bits)
 
 # %% ../nbs/05_quantize.ipynb #78e1d314

@@ -39,7 +39,7 @@ def test_every_recipe_runs(method, digits):
 
 
 def test_recipes_are_distinct_runs():
-    configs = [replace(config_of(m), method='x') for m in RECIPES if m != 'aqfl']  # aqfl is qat-uniform with one budget per client
+    configs = [replace(config_of(m), method='x') for m in RECIPES if m not in ('aqfl', 'qat-uniform-bytes')]  # qat-uniform with other bits
     assert len({run_id(c, '') for c in configs}) == len(configs)
     assert set(difference(config_of('aqfl', bits='2,4'), config_of('qat-uniform', bits='2,4'))) == {'method'}
 
@@ -62,6 +62,15 @@ def test_a_network_without_buffers_is_loaded():
     replica = Replica(config_of('fedmpq', model='vit-tiny-4'), 10)
     replica.load({n: torch.full_like(t, 0.5) for n, t in replica.state.items()})
     assert all(bool((t == 0.5).all()) for t in replica.state.values())
+
+
+def test_the_control_of_equal_bytes_waits_for_fedmpq_and_equals_it(tmp_path):
+    "At three budgets of FedMPQ, the control's bytes per direction are within a few percent, and its bits are not FedMPQ's budget."
+    fields = dict(preset='smoke', seeds='0', results_dir=str(tmp_path), device='cpu', rounds=1, clients=2, train_images=100, fields='test_images=60')
+    records = experiments.run_experiment('exp1', methods='qat-uniform-bytes,fedmpq', bits=3.4, **fields).records
+    fedmpq, control = (next(r for r in records if r['config']['method'] == m) for m in ('fedmpq', 'qat-uniform-bytes'))
+    for way in ('bytes_down', 'bytes_up'): assert control['summary'][way] == pytest.approx(fedmpq['summary'][way], rel=0.05)
+    with pytest.raises(ValueError, match='needs a run of fedmpq'): experiments.run_experiment('exp1', methods='qat-uniform-bytes', **fields)
 
 
 # --- one step by hand -----------------------------------------------------------------------------------------------------------
