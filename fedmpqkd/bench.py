@@ -8,8 +8,9 @@ __all__ = ['WORKLOADS', 'PHASES', 'Workload', 'synthetic', 'load_images', 'Job',
            'flower_server', 'flower', 'matmul_peak', 'round_flops', 'Stopwatch', 'server_clock', 'first_round',
            'profile', 'family', 'memory_mib', 'watch_process', 'work', 'child', 'child_environment', 'spawn',
            'make_record', 'entries', 'obstacle', 'schedule', 'write_records', 'read_records', 'measure', 'ratios',
-           'spread', 'bench_table', 'to_markdown', 'phase_table', 'hardware', 'scaling_points', 'measure_scaling',
-           'scaling_table', 'scaling_verdict', 'plot_scaling', 'parser', 'workload_of', 'report', 'main', 'run_command']
+           'spread', 'bench_table', 'to_markdown', 'phase_table', 'hardware', 'same_repeat', 'bars_of', 'bars',
+           'scaling_points', 'measure_scaling', 'scaling_table', 'scaling_verdict', 'plot_scaling', 'parser',
+           'workload_of', 'report', 'main', 'run_command']
 
 # %% ../nbs/19_bench.ipynb #e1a61319
 import argparse
@@ -688,6 +689,49 @@ def hardware(
         e = r['environment']
         return f"{e['device']}, {e['cores']} cores, {e['capability']}, bf16 {'in hardware' if e['bf16'] else 'emulated'}, {r['threads']} threads, torch {e['torch']}"
     return list(dict.fromkeys(line(r) for r in records if 'environment' in r))
+
+# %% ../nbs/19_bench.ipynb #921bceed
+def same_repeat(
+    records: Sequence[dict[str, Any]],  # of one workload
+    value: Callable[[dict[str, Any]], float],  # of a record
+    top: str, bottom: str,  # entries
+) -> list[float]:  # one a repeat that both have
+    "value of one entry over that of another, repeat by repeat."
+    by = {name: {r['repeat']: value(r) for r in records if r['entry'] == name} for name in (top, bottom)}
+    return [by[top][i] / by[bottom][i] for i in sorted(set(by[top]) & set(by[bottom]))]
+
+def bars_of(
+    records: Sequence[dict[str, Any]],  # of one workload on one machine
+) -> list[tuple[str, str, float, list[float]]]:  # what, '>=' or '<=', limit, measured
+    "The bars of a workload."
+    w1, fast = records[0]['workload'] == 'w1', records[0]['environment']['bf16']
+    round_time, flower = (lambda r: statistics.median(r['seconds_per_round'])), 2.5 if fast else 1.4 if w1 else 1.8
+    bare = min({r['entry'] for r in records if r['entry'].startswith('bare')}, default='bare-fp32',
+               key=lambda e: statistics.median(round_time(r) for r in records if r['entry'] == e))
+    ours = [r for r in records if r['kind'] == 'ours']
+    speed = lambda a, b: same_repeat(records, round_time, b, a)
+    return [(f'fedavg, times as fast as {bare}', '>=', 1.15 if w1 else 1.5, speed('fedavg', bare)),
+            ('fedavg, times as fast as Flower', '>=', flower, speed('fedavg', 'flower')),
+            *([('fedavg, share of the peak of matrix products', '>=', 0.6, [r['flops_utilisation'] for r in ours if r['entry'] == 'fedavg'])]
+              if w1 and not fast else []),
+            ('time of fedmpq over that of fedavg', '<=', 1.15 if w1 else 1.35, same_repeat(records, round_time, 'fedmpq', 'fedavg')),
+            ('time of fedmpq-kd over that of fedmpq', '<=', 1.15 if fast else 1.25, same_repeat(records, round_time, 'fedmpq-kd', 'fedmpq')),
+            ('start-up, seconds, worst entry', '<=', 5.0, [max(r['startup_s'] for r in ours if r['repeat'] == i) for i in {r['repeat'] for r in ours}]),
+            ("memory of fedmpq-kd over Flower's", '<=', 0.5, same_repeat(records, lambda r: r['peak_memory_mib'], 'fedmpq-kd', 'flower'))]
+
+def bars(
+    records: Sequence[dict[str, Any]],  # of any workloads
+) -> pd.DataFrame:  # a row a bar
+    "Which promises are kept."
+    rows = []
+    for workload in ('w1', 'w2'):
+        mine = [r for r in records if r['workload'] == workload and 'skipped' not in r and 'axis' not in r and r['device'] != 'cuda']
+        for what, way, limit, values in bars_of(mine) if mine else []:
+            if not values: continue
+            middle = statistics.median(values)
+            rows.append(dict(workload=workload, bar=what, limit=f'{way} {limit:g}', median=round(middle, 3), low=round(min(values), 3), high=round(max(values), 3),
+                             n=len(values), kept=middle >= limit if way == '>=' else middle <= limit))
+    return pd.DataFrame(rows)
 
 # %% ../nbs/19_bench.ipynb #6ffa25a3
 def scaling_points(
