@@ -78,7 +78,7 @@ def check_comparable(
     for r in records:
         c = config_of(r)
         twin = first.setdefault(c.method, c)
-        own = dict(seed=0) | (dict(bits=twin.bits) if c.method == EQUAL_BYTES else {})  # whose bits follow from another run
+        own: dict[str, Any] = dict(seed=0) | (dict(bits=twin.bits) if c.method == EQUAL_BYTES else {})  # its bits follow from another run
         if apart := sorted(difference(replace(c, **own), replace(twin, seed=0))):
             raise ValueError(f'records of {c.method} differ in {", ".join(apart)}: use select(records, {apart[0]}=...)')
         if (c.method, c.seed) in seen: raise ValueError(f'{c.method} with seed {c.seed} is there twice')
