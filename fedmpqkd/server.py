@@ -82,7 +82,7 @@ class Server:
     def restore(self, saved: dict[str, Any]) -> None:
         "Continue from a checkpoint."
         self.state, self.mean_bits, self.mean_loss = saved['state'], saved['mean_bits'], saved['mean_loss']
-        self.codebooks = saved['codebooks']
+        self.codebooks = saved.get('codebooks', [])
 
     def budget(self, client: int) -> float:
         "A client's average bits a weight."

@@ -21,7 +21,7 @@ from fedmpqkd.methods import make_config
 from fedmpqkd.models import register_model
 from fedmpqkd.quantize import fake_quantize
 from fedmpqkd.robustness import (
-    CORRUPTIONS, EXTRA, MAIN, attack, attack_all, between, both_axes, chosen_images, contact_sheet, corrupt, corrupted, corrupted_images,
+    CORRUPTIONS, EXTRA, MAIN, attack, attack_all, between, both_axes, chosen_images, contact_sheet, corrupt, corrupted, corrupted_images, count_right,
     disk, distance_to, edges, equalized, fgsm, gaussian_matrix, glass_blur, hue_saturation_value, input_gradient, live, noisy_clients,
     noisy_labels, pgd, plasma, set_name, stress_test, summarize_corruptions, to_input, usable, zoom_matrix,
 )
@@ -69,6 +69,13 @@ def test_each_client_has_exactly_its_share_of_wrong_labels(seed, sizes, percent,
     assert [int((noisy != labels)[p].sum()) for p in parts] == [percent * n // 100 for n in sizes]  # whole-number arithmetic
     assert torch.equal(labels, before) and noisy.dtype == torch.int64
     assert not len(noisy) or (noisy.min() >= 0 and noisy.max() < classes)
+
+
+@pytest.mark.parametrize('rate, wrong', [(0.29, 29), (0.57, 57), (0.07, 7), (0.289, 28), (0.999, 99), (1, 100)])
+def test_a_rate_is_a_decimal_number(rate, wrong):
+    "0.29 * 100 is 28.999999999999996 to a computer."
+    labels = torch.zeros(100, dtype=torch.int64)
+    assert (noisy_labels(labels, [np.arange(100)], rate, 10, 0) != 0).sum() == wrong
 
 
 def test_new_labels_are_uniform_over_the_other_classes():
@@ -412,6 +419,14 @@ def test_opencv_s_numbers():
     assert defocus == pytest.approx([6333258.3, 6335986.6, 6352065.4], rel=1e-5)  # filter2D with the softened disk
 
 
+def test_an_edge_between_equal_gradients_is_one_pixel_wide():
+    "By hand: both sides of a border have the same gradient; the rule (> before, >= behind) keeps the first of the two."
+    square = np.zeros((1, 32, 32), np.uint8)
+    square[0, 8:24, 10:20] = 200
+    edge = edges(square)[0]
+    assert np.flatnonzero(edge[16]).tolist() == [9, 19] and np.flatnonzero(edge[:, 15]).tolist() == [7, 23]
+
+
 def test_water_needs_a_drop(photos):
     "Where the noise has no drop the image stays as it is."
     dry = robustness.spatter(photos[:3].permute(0, 2, 3, 1).numpy(), np.random.default_rng(0), 0, 0.001, 0.7, 0.7, 0.5, 0)
@@ -573,6 +588,19 @@ def test_attacks_hurt_in_order(data):
     crew.close()
     assert found['fgsm 1/255'] >= found['fgsm 2/255'] >= found['fgsm 8/255']
     assert found['pgd-10 2/255'] <= found['fgsm 2/255'] < 80
+
+
+def test_the_transferred_attack_comes_from_the_full_precision_model(data):
+    "Two networks with different first weights: an attack on one is not the attack on the other."
+    crew, other = crew_of(data, 1), Crew(make_config('fedmpq', model='small', seed=1), Resident.of(data), workers=1)
+    states = dict(deployed=states_of(other, data)['fp'])
+    states['fp'] = states_of(crew, data)['fp']
+    x, y = data.test_x.float() / 255, data.test_y
+    moved = fgsm(live(crew, states['fp']), x, y, 2 / 255, data.mean, data.std)
+    expected = count_right(live(crew, states['deployed']), moved, y, data)
+    found = attack(crew, states, x, y, seed=0)
+    crew.close(); other.close()
+    assert found['deployed']['transfer fgsm 2/255'] == expected != found['deployed']['fgsm 2/255']
 
 
 def test_what_may_be_left_out(data):
