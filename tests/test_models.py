@@ -216,7 +216,8 @@ def test_activations_can_be_exchanged_but_the_first():
     assert len({id(m) for m in acts}) == 18  # a learned range belongs to one place
 
 
-def test_errors_at_the_door():
+def test_errors_at_the_door(monkeypatch):
+    monkeypatch.setattr(M, '_MODELS', {name: M._MODELS[name] for name in ALL})  # other tests register networks of their own
     with pytest.raises(ValueError, match="unknown model 'vgg'; choose from mobilenetv2"): M.build_model('vgg', 10)
     with pytest.raises(ValueError, match='classes must be at least 1'): M.build_model('resnet8', 0)
     with pytest.raises(ValueError, match='no exchangeable activations'): M.build_model('vit-tiny-4', 10, act=nn.ReLU)
@@ -225,7 +226,7 @@ def test_errors_at_the_door():
 
 
 def test_registry(monkeypatch):
-    monkeypatch.setattr(M, '_MODELS', dict(M._MODELS))
+    monkeypatch.setattr(M, '_MODELS', {name: M._MODELS[name] for name in ALL})
     M.register_model('mine', lambda classes: nn.Sequential(nn.Flatten(), nn.Linear(3072, classes)))
     assert set(M.model_names()) == {*ALL, 'mine'}
     first = M.build_model('mine', 7, seed=2)
