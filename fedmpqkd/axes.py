@@ -32,7 +32,7 @@ EXPERIMENTS['exp3'] = Experiment(
     EXPERIMENTS['exp1'].fields,
     dict(smoke=EXPERIMENTS['exp1'].presets['smoke'] | dict(methods=_FOUR, seeds='0'),
          mini=_SMALL | dict(rounds=10, seeds='0'),
-         study=_SMALL | dict(rounds=15, precision='fp32', seeds='0,1,2'),
+         study=_SMALL | dict(rounds=10, precision='fp32', seeds='0,1,2'),
          paper=dict(eval_images=0, methods=_FOUR, seeds='0,1,2,3,4')),
     tuned_by='exp1')
 
@@ -88,10 +88,12 @@ AXES |= {
 def starts(
     rounds: int,  # of FedAvg before the first round
     epochs: int,  # of central training on a public half
+    images: int = 0,  # in the training set of the runs with a public half; 0 is the preset's, of which clients then share a half
 ) -> dict[str, dict[str, Any]]:  # label -> configuration values
     "From scratch, after FedAvg, or from a model trained on public images; at four bits and at two."
     warm = {'fedavg': f'fedavg:{rounds}', 'public': f'public:{epochs}'}
     kinds: dict[str, dict[str, Any]] = {'scratch': {}} | {name: dict(warm_start=start, kd_warmup_rounds=0) for name, start in warm.items()}
+    if images: kinds['public']['train_images'] = images
     return {f'{name}-{bits}': values | dict(bits=bits) for bits in (4, 2) for name, values in kinds.items()}
 
 # %% ../nbs/16b_axes.ipynb #73f0c0e9
@@ -112,8 +114,8 @@ AXES |= {
     'schedule': Axis('When and where distillation counts', {
         'early': dict(kd_warmup_rounds=1), 'late': dict(kd_warmup_rounds='50 %', methods=_PAIR)},
         variants('linear', 'cosine', 'ratio', 'agree', 'entropy', 'accuracy', 'cooling')),
-    'start': Axis('Where a run starts, and distillation', starts(20, 60), _PAIR,
-                  dict(smoke=starts(1, 1), mini=starts(5, 20), paper=starts(20, 100))),
+    'start': Axis('Where a run starts, and distillation', starts(20, 60, 4000), _PAIR,
+                  dict(smoke=starts(1, 1), mini=starts(5, 20, 4000), paper=starts(20, 100))),
     'student': Axis('Distillation without planes, and without bits', dict(base={}), 'fedavg,fedavg-kd,qat-uniform,qat-uniform-kd,fedmpq,fedmpq-kd'),
     'controls': Axis('What else could do as much as a teacher', dict(base={}), 'fedmpq,fedmpq-kd,fedmpq-smooth,fedmpq-prox')}
 

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from . import federation, server
 from .client import Resident, local_batches
+from .costs import training_flops
 from .core import RunConfig, as_list, commit, environment, has_bf16, torch_rng, write_atomic
 from .data import Dataset, from_tensors, load_dataset, normalize
 from .experiments import choose_device, choose_precision
@@ -353,7 +354,7 @@ def round_flops(
     teacher: bool = False,  # does a second network look at the training images?
 ) -> float:
     "Floating-point operations of one round."
-    return 2 * macs * (images * (4 if teacher else 3) + evaluated)
+    return training_flops(macs, images, teacher) + 2 * macs * evaluated
 
 # %% ../nbs/19_bench.ipynb #cfcd3197
 PHASES = ('data', 'student', 'teacher', 'quantise', 'regulariser', 'optimiser', 'wire', 'aggregate', 'evaluate')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Resident', 'epoch_batches', 'local_batches', 'Clock', 'Replica', 'codebook_names', 'manifest_of', 'starting_planes',
-           'make_optimizer', 'Lesson', 'gradient_norm', 'distillation', 'objective', 'pull_back', 'local_step', 'Task',
-           'Result', 'choose_teacher', 'prepare', 'Recorded', 'recordable', 'capture', 'record', 'begin',
-           'finished_planes', 'uplink_entries', 'update_entries', 'training_log', 'train', 'local_round',
+           'make_optimizer', 'Lesson', 'gradient_norm', 'distillation', 'objective', 'pull_back', 'take_step',
+           'local_step', 'Task', 'Result', 'choose_teacher', 'prepare', 'Recorded', 'recordable', 'capture', 'record',
+           'begin', 'finished_planes', 'uplink_entries', 'update_entries', 'training_log', 'train', 'local_round',
            'downlink_entries']
 
 # %% ../nbs/09_client.ipynb #7ccefe4e
@@ -229,6 +229,19 @@ def pull_back(
     torch._foreach_add_([p.grad for p, _ in live if p.grad is not None], away, alpha=mu)
 
 # %% ../nbs/09_client.ipynb #162f47ab
+def take_step(
+    replica: Replica,  # student, with gradients; without them afterwards
+    lesson: Lesson,  # rule, optimiser
+) -> None:
+    "Gradients into the rule of the quantised weights and the optimiser of the others, and the new weights into the network."
+    if lesson.rule:
+        with lesson.clock('quantise'): lesson.rule.receive([torch.zeros_like(w) if w.grad is None else w.grad for w in replica.weights])
+    with lesson.clock('optimiser'):
+        lesson.optimizer.step()
+        for p in (*replica.weights, *replica.others): p.grad = None
+    if lesson.rule:
+        with lesson.clock('quantise'): lesson.rule.show()
+
 def local_step(
     replica: Replica,  # student
     lesson: Lesson,  # teacher, rule, optimiser
@@ -236,20 +249,14 @@ def local_step(
     y: Tensor,  # [B]
 ) -> None:
     "One step of the objective."
-    c, clock, parameters = lesson.config, lesson.clock, [*replica.weights, *replica.others]
+    c, clock = lesson.config, lesson.clock
     replica.model.train(len(x) > 1)
     with torch.autocast(replica.device.type, torch.bfloat16, enabled=c.precision == 'bf16'):
         with clock('student'): logits = replica.model(x).float()
         loss = objective(lesson, x, y, logits)
     with clock('student'): loss.backward()
-    if lesson.anchors: pull_back(parameters, lesson.anchors, c.prox)
-    if lesson.rule:
-        with clock('quantise'): lesson.rule.receive([torch.zeros_like(w) if w.grad is None else w.grad for w in replica.weights])
-    with clock('optimiser'):
-        lesson.optimizer.step()
-        for p in parameters: p.grad = None
-    if lesson.rule:
-        with clock('quantise'): lesson.rule.show()
+    if lesson.anchors: pull_back([*replica.weights, *replica.others], lesson.anchors, c.prox)
+    take_step(replica, lesson)
 
 # %% ../nbs/09_client.ipynb #a34d0a60
 @dataclass(frozen=True)

@@ -243,6 +243,18 @@ LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = dict(
 STARTS = re.compile(r'none|fedavg:[1-9]\d*|public:[1-9]\d*')  # of `warm_start`
 
 # %% ../nbs/01_core.ipynb #9f040fb4
+def _validate_exchange(c: 'RunConfig') -> None:
+    "What clients that exchange logits cannot do: the mean logits are their teacher, and with 'logits-only' there is no model to judge."
+    if c.exchange == 'model': return
+    if not c.public_images: raise ValueError(f'exchange={c.exchange!r} needs public_images')
+    if c.exchange == 'server-distill': return
+    if c.distils: raise ValueError(f'alpha={c.alpha}: with exchange={c.exchange!r} the mean logits are the teacher; set alpha to 0')
+    if c.uplink != 'model': raise ValueError(f'uplink={c.uplink!r}: exchange={c.exchange!r} sends whole models or none')
+    if c.exchange != 'logits-only': return
+    for name, idle in dict(assignment=('uniform', 'random'), validation=(0,), stress=('none',)).items():
+        if getattr(c, name) not in idle:
+            raise ValueError(f"{name}={getattr(c, name)!r} needs a model at the server: exchange='logits-only' has none")
+
 def _validate(c: 'RunConfig') -> None:
     "One clear error for whatever cannot be."
     for name, allowed in CHOICES.items():
@@ -260,7 +272,7 @@ def _validate(c: 'RunConfig') -> None:
         raise ValueError(f'uplink={c.uplink!r} compresses the update of a full-precision client; {c.update} sends its quantised model')
     if c.error_feedback and c.distils and (c.teacher == 'ema' or c.teacher_refresh > 1):
         raise ValueError('error_feedback and a teacher that lasts both want the one memory of a client')
-    if c.exchange != 'model' and not c.public_images: raise ValueError(f'exchange={c.exchange!r} needs public_images')
+    _validate_exchange(c)
     if c.aggregate == 'moshpit' and (c.exchange != 'model' or c.uplink != 'model'): raise ValueError("aggregate='moshpit' exchanges models")
     if c.hop == 'same-bits' and c.update == 'fp32': raise ValueError("hop='same-bits' is for quantised clients: a full-precision one has no bits")
     if c.aggregate == 'moshpit' and c.distils and c.teacher not in ('delivered', 'ema'):

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['replay', 'step_gain', 'lasso_gradient', 'onlooker', 'loss_gradients', 'lengths_and_angles', 'gradient_report',
-           'level_changes', 'matched_prox', 'plain_batches', 'fresh_statistics', 'teacher_lag', 'bit_table',
-           'bit_heatmap', 'bit_histogram', 'accuracy_bars', 'features', 'embed_together', 'plot_tsne',
-           'filter_directions', 'landscape', 'plot_landscape']
+           'level_changes', 'matched_prox', 'teacher_lag', 'bit_table', 'bit_heatmap', 'bit_histogram', 'accuracy_bars',
+           'features', 'embed_together', 'plot_tsne', 'filter_directions', 'landscape', 'plot_landscape']
 
 # %% ../nbs/15_diagnostics.ipynb #4a4e4d6e
 import copy
@@ -26,7 +25,7 @@ from .client import Clock, Lesson, Replica, Resident, Task, distillation, epoch_
 from .core import RunConfig, torch_rng
 from .distill import kl_rows, soften
 from .evidence import runs_frame
-from .federation import Crew, judge
+from .federation import Crew, fresh_statistics, judge, plain_batches
 from .teacher import CoTeacher
 from .wire import decode
 
@@ -172,36 +171,6 @@ def matched_prox(
         distances += length([p.detach() - s for p, s in zip(parameters, start, strict=True)])
     if not distances: raise ValueError('nothing has moved: a proximal term needs at least two local steps')
     return pulls / distances
-
-# %% ../nbs/15_diagnostics.ipynb #48262d4b
-def plain_batches(
-    data: Resident,  # images on the device
-    images: int,  # how many of the training images, from the first
-    batch: int,  # images at a time; a single last one is left out
-) -> Iterator[tuple[Tensor, Tensor]]:  # normalised [B, 3, 32, 32], labels [B]
-    "Training images as they are, neither shifted nor mirrored."
-    for index in torch.arange(min(images, len(data.labels))).split(batch):
-        if len(index) < 2: continue
-        centre = torch.full((len(index),), 4)
-        yield data.batch(index, centre, centre, torch.zeros(len(index), dtype=torch.bool))
-
-# %% ../nbs/15_diagnostics.ipynb #7152c898
-@torch.no_grad()
-def fresh_statistics(
-    replica: Replica,  # a worker's networks; its student is overwritten
-    state: dict[str, Tensor],  # stays as it is
-    data: Resident,  # images
-    images: int = 1000,  # of the training set
-) -> dict[str, Tensor]:  # the same weights, other running means and variances
-    "A model with newly estimated normalisation statistics."
-    replica.load(state)
-    norms = [m for m in replica.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    usual = [m.momentum for m in norms]
-    for m in norms: m.reset_running_stats(); m.momentum = None  # None: the plain average of all batches
-    replica.model.train()
-    for x, _ in plain_batches(data, images, 125): replica.model(x)
-    for m, momentum in zip(norms, usual, strict=True): m.momentum = momentum
-    return {n: t.detach().cpu().clone() for n, t in replica.state.items()}
 
 # %% ../nbs/15_diagnostics.ipynb #7a9c2313
 @torch.no_grad()

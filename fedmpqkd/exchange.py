@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['LOGITS', 'SERVER', 'OWN', 'ADAM', 'public_indices', 'remove_public', 'Public', 'public_and_private', 'TopK', 'top_k',
            'index_type', 'ascending', 'TopKCodec', 'logits_entry', 'forecast_logits', 'answers', 'public_batches',
-           'digest_step', 'study', 'own_model', 'letters', 'Answer', 'visit', 'take', 'exchange_round',
-           'check_exchange', 'distil', 'Ensemble', 'mean_answer', 'distil_round', 'average_of', 'judge_clients',
-           'at_bits']
+           'digest_step', 'study', 'own_model', 'letters', 'Answer', 'visit', 'take', 'exchange_round', 'distil',
+           'Ensemble', 'mean_answer', 'distil_round', 'average_of', 'judge_clients', 'at_bits']
 
 # %% ../nbs/12b_exchange.ipynb #f20e353e
 import dataclasses
@@ -23,8 +22,8 @@ import torch
 from torch import Tensor
 
 from fedmpqkd.client import (
-    Clock, Lesson, Replica, Resident, Task, downlink_entries, epoch_batches, finished_planes, prepare, train, training_log,
-    uplink_entries,
+    Clock, Lesson, Replica, Resident, Task, downlink_entries, epoch_batches, finished_planes, prepare, take_step, train,
+    training_log, uplink_entries,
 )
 from .core import RunConfig, rng, torch_rng
 from .data import Dataset, normalize
@@ -233,10 +232,7 @@ def digest_step(
     with torch.autocast(replica.device.type, torch.bfloat16, enabled=c.precision == 'bf16'): logits = replica.model(x)
     loss = kd_loss(logits.float(), target.to(x.device), c.temperature)
     loss.backward()
-    if lesson.rule: lesson.rule.receive([torch.zeros_like(w) if w.grad is None else w.grad for w in replica.weights])
-    lesson.optimizer.step()
-    for p in replica.model.parameters(): p.grad = None
-    if lesson.rule: lesson.rule.show()
+    take_step(replica, lesson)
     for key, value in dict(digest=loss.detach().double(), digests=1).items(): lesson.totals[key] = lesson.totals.get(key, 0) + value
 
 # %% ../nbs/12b_exchange.ipynb #3dffaab4
@@ -324,10 +320,11 @@ def visit(
     if not model: run.memories.save(client, round, {OWN: torch.frombuffer(bytearray(sent), dtype=torch.uint8)})
     return Answer(model + logits, (sent, up) if model else (up,), log)
 
-# %% ../nbs/12b_exchange.ipynb #7102ddf7
+# %% ../nbs/12b_exchange.ipynb #4f5cc143
 def take(
     run: Run,  # its server averages models
-    answer: Answer,  # of one client
+    client: int,  # who is speaking
+    answer: Answer,  # what it sends
     public: Public,  # the manifest of logits
     pool: Average,  # takes the logits
     round: int,  # that the messages must belong to
@@ -336,16 +333,17 @@ def take(
     *model, logits = answer.up
     message = decode(logits, public.manifest)
     if message.round != round: raise WireError(f'logits of round {message.round} in round {round}')
+    if message.client != client: raise WireError(f'logits of client {message.client} from client {client}')
     for data in model: receive(run.server, data, round)
     pool.add(message.dense(), message.samples if run.config.aggregate == 'samples' else 1)
 
-# %% ../nbs/12b_exchange.ipynb #c0b0b4f0
+# %% ../nbs/12b_exchange.ipynb #bdd4d9e6
 def exchange_round(
     run: Run,  # changed: mean logits, memories, with 'logits+model' its server
     round: int,  # from 0
 ) -> dict[str, Any]:  # what happened, without the evaluation
     "Send mean logits, let clients digest and train, average what they say."
-    c, pool = check_exchange(run.config), Average()
+    c, pool = run.config, Average()
     public, private, leakage = public_and_private(run)
     if round == 0: run.meter.add_manifest(public.manifest.encode())
     mean, parts = run.memories.load(SERVER, round).get(LOGITS), [torch.from_numpy(p) for p in private.parts]
@@ -358,26 +356,13 @@ def exchange_round(
         logs.append(answer.log)
         if not answer.up: problems[str(k)] = answer.log['failed']; continue
         for data in answer.up: run.meter.add('up', data, k)
-        try: take(run, answer, public, pool, round)
+        try: take(run, k, answer, public, pool, round)
         except WireError as why: problems[str(k)] = str(why)
     if pool.clients: run.memories.save(SERVER, round, pool.mean())
     aggregate(run.server)
     digests = [log['digest'] for log in logs if np.isfinite(log.get('digest', np.nan))]
     line = dict(round=round + 1, sampled=len(chosen), arrived=pool.clients, failed=problems, leakage=leakage) | summary_of(logs)
     return line | (dict(digest=float(np.mean(digests))) if digests else {})
-
-# %% ../nbs/12b_exchange.ipynb #b877a1ee
-def check_exchange(
-    config: RunConfig,  # of an exchange of logits
-) -> RunConfig:  # the same
-    "Refuse what an exchange of logits cannot do."
-    if config.distils: raise ValueError(f'alpha={config.alpha}: with exchange={config.exchange!r} the mean logits are the teacher; set alpha to 0')
-    if config.uplink != 'model': raise ValueError(f'uplink={config.uplink!r}: exchange={config.exchange!r} sends whole models or none')
-    if config.exchange != 'logits-only': return config
-    for name, idle in dict(assignment=('uniform', 'random'), validation=(0,), stress=('none',)).items():
-        if getattr(config, name) not in idle:
-            raise ValueError(f"{name}={getattr(config, name)!r} needs a model at the server: exchange='logits-only' has none")
-    return config
 
 # %% ../nbs/12b_exchange.ipynb #5e52f43c
 ADAM = dict(lr=1e-3, eps=1e-4)
@@ -490,6 +475,6 @@ def at_bits(
     return Message(0, 0, client, 0, downlink_entries(state, s.layout, s.assignment(s.budget(client)))).dense()
 
 # %% ../nbs/12b_exchange.ipynb #ca6e2d28
-PROTOCOLS['logits-only'] = Protocol(exchange_round, judge_clients)
+PROTOCOLS['logits-only'] = Protocol(exchange_round, judge_clients, has_model=False)
 PROTOCOLS['logits+model'] = Protocol(exchange_round, judge_round)
 PROTOCOLS['server-distill'] = Protocol(distil_round, judge_round)

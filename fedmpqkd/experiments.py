@@ -62,8 +62,8 @@ EXPERIMENTS['exp2'] = Experiment(
     dict(dataset='cifar100', model='mobilenetv2', clients=100, dirichlet=0.1, participation=0.2, dropout=0.2, local_epochs=2, batch_size=64, lr=0.05,
          bits=4, lambda_b=0.01, alpha=0.5, temperature=2.0, rounds=100, validation=0.05, public_images=5000, stress='all'),
     dict(smoke=_SMOKE | dict(participation=0.75, dropout=0.34, stress='attacks', methods=_FIVE, seeds='0'),
-         mini=_COARSE | dict(train_images=4000, test_images=1000, eval_images=500, participation=0.4, rounds=10, public_images=400, methods=_FIVE, seeds='0'),
-         study=_COARSE | dict(train_images=10000, test_images=2000, eval_images=500, participation=0.4, rounds=30, public_images=1000,
+         mini=_COARSE | dict(train_images=2000, test_images=1000, eval_images=500, participation=0.4, rounds=5, public_images=200, methods=_FIVE, seeds='0'),
+         study=_COARSE | dict(train_images=6000, test_images=2000, eval_images=500, participation=0.4, rounds=20, public_images=600,
                               methods=_FIVE, seeds='0,1,2'),
          paper=dict(eval_images=0, methods=_FIVE, seeds='0,1,2,3,4')))
 

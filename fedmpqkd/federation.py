@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'participants', 'round_half_up', 'Crew', 'predict', 'judge', 'judge_round', 'hold_out', 'validate',
            'Memories', 'Run', 'visit', 'has_memory', 'run_round', 'Protocol', 'protocol_of', 'noise', 'summary_of',
-           'Progress', 'open_run', 'play', 'recalibrated', 'best_validation', 'summarize', 'run', 'resume',
-           'final_states', 'make_record']
+           'Progress', 'open_run', 'play', 'plain_batches', 'fresh_statistics', 'recalibrated', 'best_validation',
+           'summarize', 'run', 'resume', 'final_states', 'make_record']
 
 # %% ../nbs/12_federation.ipynb #f33d7460
 import dataclasses
@@ -242,6 +242,7 @@ class Protocol:
     "How a round is played, and how it is judged."
     play: Callable[[Run, int], dict[str, Any]]  # run, round from 0 -> line
     judge: Callable[[Run, Tensor, Tensor, int], dict[str, Any]]  # run, all test images, some, round -> rest of the line
+    has_model: bool = True  # False: the server's model is the first one for ever
 
 PROTOCOLS: dict[str, Protocol] = {'star': Protocol(run_round, judge_round)}
 
@@ -349,24 +350,42 @@ def play(
         after(curve)
 
 # %% ../nbs/12_federation.ipynb #74557135
+def plain_batches(
+    data: Resident,  # images on the device
+    images: int,  # how many of the training images, from the first
+    batch: int,  # images at a time; a single last one is left out
+) -> Iterator[tuple[Tensor, Tensor]]:  # normalised [B, 3, 32, 32], labels [B]
+    "Training images as they are, neither shifted nor mirrored."
+    for index in torch.arange(min(images, len(data.labels))).split(batch):
+        if len(index) < 2: continue
+        centre = torch.full((len(index),), 4)
+        yield data.batch(index, centre, centre, torch.zeros(len(index), dtype=torch.bool))
+
 @torch.no_grad()
+def fresh_statistics(
+    replica: Replica,  # a worker's networks; its student is overwritten
+    state: dict[str, Tensor],  # stays as it is
+    data: Resident,  # images
+    images: int = 1000,  # of the training set
+) -> dict[str, Tensor]:  # the same weights, other running means and variances
+    "A model with newly estimated normalisation statistics."
+    replica.load(state)
+    norms = [m for m in replica.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    usual = [m.momentum for m in norms]
+    for m in norms: m.reset_running_stats(); m.momentum = None  # None: the plain average of all batches
+    replica.model.train()
+    for x, _ in plain_batches(data, images, 125): replica.model(x)
+    for m, momentum in zip(norms, usual, strict=True): m.momentum = momentum
+    return {n: t.detach().cpu().clone() for n, t in replica.state.items()}
+
 def recalibrated(
     run: Run,  # after its last round
-    images: int = 1000,  # training images
-) -> float:  # percent
+) -> dict[str, float]:  # percent; empty where the server has no model of its own
     "Accuracy of the deployed model with freshly estimated normalisation statistics."
-    replica, data, c = run.crew.replica, run.crew.data, run.config
-    state = deployed(run.server, max(c.bits)) if c.update != 'fp32' else run.server.state
-    replica.load(state)
-    norms = [m for m in replica.model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for m in norms: m.reset_running_stats(); m.momentum = None
-    replica.model.train()
-    centre, still = torch.full((125,), 4), torch.zeros(125, dtype=torch.bool)
-    for index in torch.arange(min(images, len(data.labels))).split(125):
-        if len(index) > 1: replica.model(data.batch(index, centre[:len(index)], centre[:len(index)], still[:len(index)])[0])
-    for m in norms: m.momentum = 0.1
-    fresh = {n: t.detach().cpu().clone() for n, t in replica.state.items()}
-    return judge(run.crew, fresh, torch.arange(len(data.data.test_y)))['accuracy']
+    if not protocol_of(run.config).has_model: return {}
+    state = next(iter(final_states(run).values()))
+    fresh = fresh_statistics(run.crew.replica, state, run.crew.data)
+    return dict(accuracy_recalibrated=judge(run.crew, fresh, torch.arange(len(run.crew.data.data.test_y)))['accuracy'])
 
 # %% ../nbs/12_federation.ipynb #0a315e18
 def best_validation(
@@ -392,7 +411,7 @@ def summarize(
     return dict(
         accuracy=headline(column('accuracy')), accuracy_last=curve[-1]['accuracy'],
         accuracy_fp=curve[-1]['accuracy_fp'], accuracy_quantised=curve[-1]['accuracy_quantised'],
-        accuracy_recalibrated=recalibrated(run), ece=headline(column('ece')), auc=auc(column('accuracy')),
+        **recalibrated(run), ece=headline(column('ece')), auc=auc(column('accuracy')),
         dispersion=client_dispersion(np.array(curve[-1]['per_class']), shares) if curve[-1]['per_class'] and None not in curve[-1]['per_class'] else {},
         bytes_down=sum(column('bytes_down')) + run.warm.get('bytes_down', 0), bytes_up=sum(column('bytes_up')) + run.warm.get('bytes_up', 0),
         **({'warm': run.warm} if run.warm else {}), **best_validation(curve), manifest_bytes=run.meter.manifest,
@@ -424,7 +443,7 @@ def run(
             play(federation, curve, after)
             record = make_record(federation, curve, data, device)
         finally: federation.crew.close()
-        if journal: journal.finish(record, federation.server.state)
+        if journal: journal.finish(record, federation.server.state if protocol_of(config).has_model else None)
     return record
 
 # %% ../nbs/12_federation.ipynb #529197c3

@@ -44,7 +44,7 @@ def tune(
     seeds: Any = '100',  # never among those of the comparison
     validation: float = 0.1,  # share of each client's images kept back
     results_dir: str = '',  # '' for results/
-    **how: Any,  # rounds, data_dir, device, ...: as for `run_experiment`
+    **how: Any,  # rounds, data_dir, device, executor, ...: as for `run_experiment`
 ) -> dict[str, Any]:  # the record
     "Choose values for every method under one budget of runs."
     values = EXPERIMENTS[name].presets[preset]
@@ -52,11 +52,12 @@ def tune(
     chosen, results = as_list(methods) or as_list(values['methods']), Path(results_dir) if results_dir else project_root() / 'results'
     path, points = tuned_path(results, name, preset), grid_points(grid or dict(lr=RATES))
     choices = json.loads(path.read_text())['choices'] if path.exists() else {}
+    found = [run_experiment(name, preset, chosen, seeds, results_dir=str(results / 'tuning'), validation=validation, stress='none', **how, **p).records
+             for p in points]
     for method in chosen:
-        runs = [run_experiment(name, preset, method, seeds, results_dir=str(results / 'tuning'), validation=validation, stress='none', **how, **p).records
-                for p in points]
+        runs = [[r for r in records if r['config']['method'] == method] for records in found]
         scores = [sum(r['summary']['accuracy_validation'] for r in records) / len(records) for records in runs]
         choices[method] = best_point(points, scores) | dict(runs=[r['id'] for records in runs for r in records])
-        record = dict(experiment=name, preset=preset, seeds=as_list(seeds), validation=validation, rounds=runs[0][0]['config']['rounds'], choices=choices)
-        write_atomic(path, (json.dumps(record, indent=1, sort_keys=True) + '\n').encode())
+    record = dict(experiment=name, preset=preset, seeds=as_list(seeds), validation=validation, rounds=found[0][0]['config']['rounds'], choices=choices)
+    write_atomic(path, (json.dumps(record, indent=1, sort_keys=True) + '\n').encode())
     return record

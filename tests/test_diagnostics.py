@@ -427,5 +427,5 @@ def test_fresh_statistics_agree_with_the_record(data):
     try:
         play(run, [])
         fresh = D.fresh_statistics(run.crew.replica, deployed(run.server, 4.0), run.crew.data, 1000)
-        assert D.judge(run.crew, fresh, torch.arange(40))['accuracy'] == recalibrated(run, 1000)
+        assert D.judge(run.crew, fresh, torch.arange(40))['accuracy'] == recalibrated(run)['accuracy_recalibrated']
     finally: run.crew.close()

@@ -11,24 +11,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tape
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tape import Tape, timeless
 
 from fedmpqkd import exchange as exchange_module
 from fedmpqkd import federation
 from fedmpqkd.client import Clock, Replica, Task, local_batches, prepare
 from fedmpqkd.core import Journal, RunConfig, run_id
-from fedmpqkd.data import load_dataset
 from fedmpqkd.distill import kd_loss
 from fedmpqkd.exchange import (
-    LOGITS, SERVER, Ensemble, Public, TopK, answers, check_exchange, digest_step, distil, exchange_round, forecast_logits,
-    logits_entry, mean_answer, own_model, public_and_private, public_batches, public_indices, remove_public, top_k,
+    LOGITS, SERVER, Answer, Ensemble, Public, TopK, answers, digest_step, distil, exchange_round, forecast_logits,
+    logits_entry, mean_answer, own_model, public_and_private, public_batches, public_indices, remove_public, take,
+    top_k,
 )
 from fedmpqkd.federation import open_run, play, run
 from fedmpqkd.partition import Partition, split
 from fedmpqkd.server import Average
-from fedmpqkd.wire import FIXED, Manifest, Message, Meter, WireError, decode, encode, forecast, sizes
+from fedmpqkd.wire import FIXED, Manifest, Message, WireError, decode, encode, forecast, sizes
 
 torch.set_num_threads(1)
 quick = settings(max_examples=60, deadline=None, derandomize=True)
@@ -38,24 +40,11 @@ KINDS = ('logits-only', 'logits+model', 'server-distill')
 ROW = 6  # bytes before a tensor's body: number, codec, dimensions, bits, delta
 
 
-@functools.cache
-def digits(): return load_dataset('digits').subset(train=N, test=40)
+def digits(): return tape.digits(N, 40)
 
 
 @dataclasses.dataclass
-class Tape(Meter):
-    "A meter that keeps what it has counted."
-    tape: list = dataclasses.field(default_factory=list)
-
-    def add(self, direction, data, client):
-        self.tape.append((direction, client, data))
-        return super().add(direction, data, client)
-
-
-@dataclasses.dataclass
-class Played:
-    run: federation.Run
-    curve: list
+class Played(tape.Played):
     ends: list  # length of the tape after each round
 
     def messages(self, direction: str, round: int, client: int | None = None) -> list[bytes]:
@@ -69,10 +58,6 @@ class Played:
             try: found.append(decode(data, manifest_of_logits()))
             except WireError: pass
         return found
-
-    @property
-    def timeless(self) -> list[dict]:
-        return [{k: v for k, v in line.items() if k not in ('phases', 'seconds', 'seconds_training')} for line in self.curve]
 
 
 def manifest_of_logits(): return Manifest((LOGITS,), ((P, C),))
@@ -574,11 +559,24 @@ def test_settings_that_mean_nothing_are_refused():
     base = dict(**FIELDS, exchange='logits-only')
     for bad, why in ((dict(alpha=.5), 'set alpha to 0'), (dict(update='signed-planes', assignment='prune-grow'), 'prune-grow'),
                      (dict(uplink='qsgd'), 'uplink'), (dict(validation=.1), 'validation=0.1'), (dict(stress='attacks'), 'stress')):
-        with pytest.raises(ValueError, match=why): check_exchange(RunConfig(**base | bad))
-        whole = open_run(RunConfig(**base | bad), digits(), workers=1)
-        with pytest.raises(ValueError, match=why): play(whole, [])
-        whole.crew.close()
-        if not set(bad) & {'alpha', 'uplink'}: check_exchange(RunConfig(**base | bad | dict(exchange='logits+model')))
+        with pytest.raises(ValueError, match=why): RunConfig(**base | bad)
+        if not set(bad) & {'alpha', 'uplink'}: RunConfig(**base | bad | dict(exchange='logits+model'))
+
+
+def test_a_client_speaks_for_itself_only(played):
+    "Logits under another client's number are refused: each client is heard once."
+    whole = played('logits-only')
+    pool, public = Average(), public_of(whole.run.config)
+    up = encode(Message(0, 0, 1, 9, {LOGITS: torch.ones(P, C)}), manifest_of_logits())
+    with pytest.raises(WireError, match='logits of client 1 from client 0'): take(whole.run, 0, Answer(up=(up,)), public, pool, 0)
+    take(whole.run, 1, Answer(up=(up,)), public, pool, 0)
+    assert pool.clients == 1
+
+
+def test_without_a_model_at_the_server_there_is_none_to_judge_or_to_keep(tmp_path):
+    config = RunConfig(**FIELDS | dict(rounds=1), exchange='logits-only')
+    journal = Journal(tmp_path, 'g', 'n', run_id(config, digits().fingerprint))
+    assert 'accuracy_recalibrated' not in run(config, digits(), journal, workers=1)['summary'] and not journal.model_path.exists()
 
 
 # --- repetition -------------------------------------------------------------------------------------------------------
@@ -611,8 +609,7 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path, monkeypatch, kind, up
     assert len(journals['killed'].load()[1]) == 1 and bool(files) == (kind != 'server-distill')
     resumed = run(config, digits(), journals['killed'], workers=1)
 
-    def timeless(record):
-        curve = [{k: v for k, v in line.items() if k not in ('phases', 'seconds', 'seconds_training')} for line in record['curve']]
-        return curve, {k: v for k, v in record['summary'].items() if k not in ('seconds', 'seconds_per_round', 'memory')}
-    assert timeless(resumed) == timeless(whole) and len(resumed['curve']) == 3
+    def lasting(record):
+        return timeless(record['curve']), {k: v for k, v in record['summary'].items() if k not in ('seconds', 'seconds_per_round', 'memory')}
+    assert lasting(resumed) == lasting(whole) and len(resumed['curve']) == 3
     assert not journals['killed'].folder.exists()

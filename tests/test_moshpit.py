@@ -6,14 +6,15 @@ import math
 
 import numpy as np
 import pytest
+import tape
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tape import Tape, timeless
 
 from fedmpqkd import moshpit
 from fedmpqkd.bits import prune_grow
 from fedmpqkd.core import Journal, RunConfig, rng, run_id, torch_rng
-from fedmpqkd.data import load_dataset
 from fedmpqkd.federation import PROTOCOLS, open_run, participants, play, run
 from fedmpqkd.methods import make_config
 from fedmpqkd.moshpit import (
@@ -22,7 +23,7 @@ from fedmpqkd.moshpit import (
 )
 from fedmpqkd.quantize import quantize
 from fedmpqkd.server import deployed
-from fedmpqkd.wire import Message, Meter, decode
+from fedmpqkd.wire import Message, decode
 
 torch.set_num_threads(1)
 
@@ -167,37 +168,14 @@ SQUARE = dict(aggregate='moshpit', grid_axes=2, moshpit_iterations=2)
 LINE = dict(aggregate='moshpit', grid_axes=1, moshpit_iterations=1)
 
 
-@functools.cache
-def digits(train: int = 80, test: int = 30):
-    return load_dataset('digits').subset(train=train, test=test)
+def digits(train: int = 80, test: int = 30): return tape.digits(train, test)
 
 
-@dataclasses.dataclass
-class Tape(Meter):
-    "A meter that keeps what it has counted."
-    tape: list = dataclasses.field(default_factory=list)
-
-    def add(self, direction, data, client):
-        self.tape.append((direction, client, data))
-        return super().add(direction, data, client)
-
-
-@dataclasses.dataclass
-class Played:
-    run: object
-    curve: list
-
+class Played(tape.Played):
     def messages(self, way: str, manifest=None) -> list[tuple[int, Message]]:
         return [(k, decode(d, manifest or self.run.server.manifest)) for w, k, d in self.run.meter.tape if w == way]
 
     def own(self, client: int, round: int = 1): return recall(self.run, client, round)
-
-    @property
-    def timeless(self): return timeless(self.curve)
-
-
-def timeless(curve):
-    return [{k: v for k, v in line.items() if k not in ('phases', 'seconds', 'seconds_training')} for line in curve]
 
 
 @pytest.fixture(scope='module')
