@@ -26,7 +26,7 @@ def to_planes(
 ) -> Tensor:  # fp32 zeros and ones [N, *shape], most significant plane first
     "The binary digits of magnitudes."
     shifts = torch.arange(bits - 1, -1, -1, device=levels.device, dtype=torch.uint8).view(-1, *[1] * levels.dim())
-    return ((levels.to(torch.uint8)[None] >> shifts) & 1).float()
+    return (levels.to(torch.uint8)[None] >> shifts).bitwise_and_(1).float()
 
 # %% ../nbs/06_bits.ipynb #25cd44d7
 def plane_weights(
@@ -107,7 +107,7 @@ class SignedPlanes(Rule):
     "Signed bit planes in units of weights, SGD with momentum."
     def start(self, layer: Layer, p: Planes) -> None:
         if not p.bits: return
-        planes = to_planes(p.levels.reshape(-1), p.bits) * p.sign.reshape(1, -1) * p.scale
+        planes = to_planes(p.levels.reshape(-1), p.bits).mul_(p.sign.reshape(-1)).mul_(p.scale)
         layer.state = dict(planes=planes.to(layer.shown.device), c=plane_weights(p.bits, layer.shown.device))
         layer.state['speed'] = torch.zeros_like(layer.state['planes'])
         layer.state['scale_speed'] = torch.zeros_like(layer.scale)
@@ -217,7 +217,7 @@ def moved_share(
 ) -> float:  # between 0 and 1
     "Share of the weights whose signed level changed, among layers that kept their bits."
     pairs = [(a, b) for a, b in zip(before, after, strict=True) if a.bits == b.bits and a.bits]
-    changed = sum(int((a.levels.short() * a.sign != b.levels.short() * b.sign).sum()) for a, b in pairs)
+    changed = sum(int(((a.levels != b.levels) | (a.sign != b.sign) & (a.levels > 0)).count_nonzero()) for a, b in pairs)
     return changed / max(1, sum(a.levels.numel() for a, _ in pairs))
 
 # %% ../nbs/06_bits.ipynb #495ba741

@@ -26,7 +26,7 @@ class Planes:
     def dequantize(self) -> Tensor:
         "The fp32 values."
         if self.bits == 0: return torch.zeros_like(self.levels, dtype=torch.float32)
-        return self.levels.float() * self.sign * (self.scale / (2**self.bits - 1))
+        return self.levels.float().mul_(self.sign).mul_(self.scale / (2**self.bits - 1))
 
 # %% ../nbs/05_quantize.ipynb #faba942e
 def check_bits(
@@ -56,10 +56,10 @@ def quantize(
     "Sign-magnitude quantisation of FedMPQ."
     top = 2**check_bits(bits) - 1
     scale = w.abs().max() if scale is None else scale
-    u = w.abs() * (top / scale) if scale > 0 else torch.zeros_like(w)
-    r = (u.round() if generator is None else round_stochastic(u, generator)).clamp_(max=top).to(torch.uint8)
-    sign = ((w < 0) & (r > 0)).to(torch.int8).mul_(-2).add_(1)
-    return Planes(r, sign, float(scale), bits)
+    u = w.abs().mul_(top / scale) if scale > 0 else torch.zeros_like(w)
+    r = (u.round_() if generator is None else round_stochastic(u, generator)).clamp_(max=top)
+    level = r.copysign_(w).to(torch.int16)
+    return Planes(level.abs().to(torch.uint8), (level >> 15 | 1).to(torch.int8), float(scale), bits)
 
 # %% ../nbs/05_quantize.ipynb #78e1d314
 class StraightThrough(torch.autograd.Function):

@@ -7,7 +7,7 @@ __all__ = ['Entry', 'CODECS', 'VERSION', 'HEADER', 'FIXED', 'WireError', 'pack_p
            'unpack_fields', 'Quantised', 'shape_of', 'Affine', 'Qsgd', 'flat', 'finite', 'pack_float', 'within',
            'Reader', 'Codec', 'register', 'codec_for', 'Raw', 'magnitudes', 'signed', 'PlaneCodec', 'AffineCodec',
            'buckets', 'QsgdCodec', 'begin', 'verify', 'pack_manifest', 'unpack_manifest', 'Manifest', 'Message',
-           'pack_entry', 'encode', 'unpack_entry', 'decode', 'sizes', 'forecast', 'both', 'Meter']
+           'pack_entry', 'encode', 'unpack_entry', 'decode', 'address', 'sizes', 'forecast', 'both', 'Meter']
 
 # %% ../nbs/08_wire.ipynb #320dc769
 import hashlib
@@ -320,8 +320,9 @@ def signed(
     shape: tuple[int, ...],  # of the tensor
 ) -> tuple[Tensor, Tensor]:  # levels and signs as an entry holds them
     "Levels and canonical signs (+1 for zero) as tensors."
-    sign = 1 - 2 * ((negative != 0) & (levels > 0)).astype(np.int8)
-    return torch.from_numpy(levels.astype(np.uint8)).reshape(shape), torch.from_numpy(sign).reshape(shape)
+    sign = np.minimum(negative, levels, dtype=np.uint8).view(np.int8)
+    sign *= -2; sign += 1
+    return torch.from_numpy(levels.astype(np.uint8, copy=False)).reshape(shape), torch.from_numpy(sign).reshape(shape)
 
 # %% ../nbs/08_wire.ipynb #e97c1037
 class PlaneCodec(Codec):
@@ -344,7 +345,7 @@ class PlaneCodec(Codec):
         rows = unpack_planes(reader.take(count * -(-d // 8)), d, count)
         levels = np.zeros(d, np.uint8)
         for plane in rows[1:]:
-            levels = levels << 1 | plane
+            levels <<= 1; levels |= plane
         return Planes(*signed(levels, rows[0] if bits else levels, shape), scale, bits)
 
     def body_size(self, entry: Planes) -> int:
@@ -623,6 +624,18 @@ def decode(
     reader.done()
     within('payload length', length, payload, payload)
     return Message(method, round, client, samples, entries)
+
+# %% ../nbs/08_wire.ipynb #7854b2f3
+def address(
+    data: bytes,  # a message
+    client: int,  # another receiver
+    manifest: Manifest,  # what both sides know
+) -> bytes:  # as if it had been written for that client
+    "The same message for somebody else."
+    copy, at = bytearray(data), struct.calcsize('<4sHHBI')  # everything in front of the client's number
+    struct.pack_into('<I', copy, at, within('client', client, 0, 2**32 - 1))
+    struct.pack_into('<I', copy, len(copy) - 4, zlib.crc32(memoryview(copy)[:-4], manifest.hash & 0xFFFFFFFF))
+    return bytes(copy)
 
 # %% ../nbs/08_wire.ipynb #5e93bb53
 def sizes(
