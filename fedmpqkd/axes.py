@@ -32,7 +32,7 @@ EXPERIMENTS['exp3'] = Experiment(
     EXPERIMENTS['exp1'].fields,
     dict(smoke=EXPERIMENTS['exp1'].presets['smoke'] | dict(methods=_FOUR, seeds='0'),
          mini=_SMALL | dict(rounds=10, seeds='0'),
-         study=_SMALL | dict(rounds=10, precision='fp32', seeds='0,1,2'),
+         study=_SMALL | dict(rounds=8, precision='fp32', seeds='0,1,2'),
          paper=dict(eval_images=0, methods=_FOUR, seeds='0,1,2,3,4')),
     tuned_by='exp1')
 

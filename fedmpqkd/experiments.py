@@ -39,7 +39,7 @@ class Experiment:
 
 EXPERIMENTS: dict[str, Experiment] = {}
 
-# %% ../nbs/16_experiments.ipynb #3d9032fc
+# %% ../nbs/16_experiments.ipynb #046298eb
 _SMOKE = dict(dataset='digits', train_images=400, test_images=200, model='resnet8', clients=4, rounds=3, eval_images=0, precision='fp32', public_images=40)
 _NINE = 'fedavg,fedmpq,fedmpq-kd,qat-uniform,fedmpq-kd-delivered,fedpaq,fedpq,fedmpq-plain,fedmpq-kd-plain'
 _FIVE = 'fedmpq,fedmpq-kd,qat-uniform,fedkd,fedmpq-kd-high,fedavg'
@@ -55,15 +55,16 @@ EXPERIMENTS['exp1'] = Experiment(
                     public_images=400, methods=_NINE, seeds='0,1,2'),
          paper=dict(eval_images=0, methods=_NINE, seeds='0,1,2,3,4')))
 
-_COARSE = dict(dataset='cifar100-coarse', model='mobilenetv2-imagenet', clients=20, precision='fp32')
+_COARSE = dict(dataset='cifar100-coarse', model='mobilenetv2-imagenet', clients=20, participation=0.4, precision='fp32', kd_warmup_rounds=0)
 
 EXPERIMENTS['exp2'] = Experiment(
     'Experiment 2: harsh conditions, a hundred clients, CIFAR-100, MobileNetV2',
     dict(dataset='cifar100', model='mobilenetv2', clients=100, dirichlet=0.1, participation=0.2, dropout=0.2, local_epochs=2, batch_size=64, lr=0.05,
          bits=4, lambda_b=0.01, alpha=0.5, temperature=2.0, rounds=100, validation=0.05, public_images=5000, stress='all'),
     dict(smoke=_SMOKE | dict(participation=0.75, dropout=0.34, stress='attacks', methods=_FIVE, seeds='0'),
-         mini=_COARSE | dict(train_images=2000, test_images=1000, eval_images=500, participation=0.4, rounds=5, public_images=200, methods=_FIVE, seeds='0'),
-         study=_COARSE | dict(train_images=6000, test_images=2000, eval_images=500, participation=0.4, rounds=20, public_images=600,
+         mini=_COARSE | dict(train_images=4000, test_images=1000, eval_images=500, rounds=4, public_images=200, warm_start='public:10',
+                             methods=_FIVE, seeds='0'),
+         study=_COARSE | dict(train_images=12000, test_images=2000, eval_images=500, rounds=12, public_images=600, warm_start='public:40',
                               methods=_FIVE, seeds='0,1,2'),
          paper=dict(eval_images=0, methods=_FIVE, seeds='0,1,2,3,4')))
 
