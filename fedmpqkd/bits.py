@@ -89,8 +89,9 @@ class Rule:
     def show(self) -> None:
         "Write the quantised weights into the student."
         for layer in self.layers:
-            w = nearest_level(layer.value, layer.scale, layer.bits) if layer.bits else layer.value
-            layer.shown.copy_(w.view(layer.shown.shape))
+            value = layer.value.view(layer.shown.shape)
+            if layer.bits: nearest_level(value, layer.scale, layer.bits, out=layer.shown)
+            else: layer.shown.copy_(value)
 
     def finish(self, generator: torch.Generator | None = None) -> list[Planes]:
         "Binarise: to nearest, or stochastically with a generator."
@@ -107,7 +108,7 @@ class SignedPlanes(Rule):
     "Signed bit planes in units of weights, SGD with momentum."
     def start(self, layer: Layer, p: Planes) -> None:
         if not p.bits: return
-        planes = to_planes(p.levels.reshape(-1), p.bits).mul_(p.sign.reshape(-1)).mul_(p.scale)
+        planes = to_planes(p.levels.reshape(-1), p.bits).mul_(p.sign.reshape(-1).float().mul_(p.scale))
         layer.state = dict(planes=planes.to(layer.shown.device), c=plane_weights(p.bits, layer.shown.device))
         layer.state['speed'] = torch.zeros_like(layer.state['planes'])
         layer.state['scale_speed'] = torch.zeros_like(layer.scale)
@@ -124,7 +125,9 @@ class SignedPlanes(Rule):
         if self.config.scale_update == 'sgd': self._train_scale(layer, scale_gradient)
         if self.config.scale_update != 'overflow': planes.copy_(planes.clamp(-2 * layer.scale, 2 * layer.scale))
         layer.value.copy_(c @ planes)
-        if self.config.scale_update == 'overflow': torch.maximum(layer.scale, layer.value.abs().max(), out=layer.scale)
+        if self.config.scale_update == 'overflow':
+            low, high = layer.value.aminmax()
+            torch.maximum(layer.scale, torch.maximum(high, -low), out=layer.scale)
 
     def _train_scale(self, layer: Layer, gradient: Tensor) -> None:
         "The scale as a parameter: the signed planes stay, so planes in units of weights are rescaled."

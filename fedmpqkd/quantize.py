@@ -74,11 +74,12 @@ def nearest_level(
     w: Tensor,  # weights in units of their own
     scale: Tensor,  # 0-dim, value of the largest level
     bits: int,  # N, without the sign
+    out: Tensor | None = None,  # where to write; None makes a new tensor
 ) -> Tensor:  # fp32, on the grid scale * k / (2**bits - 1), |k| <= 2**bits - 1
     "Round to the sign-magnitude grid; values beyond the scale saturate."
     top = 2**bits - 1
     step = scale.clamp_min(torch.finfo(w.dtype).tiny) / top
-    return torch.div(w, step).round_().clamp_(-top, top).mul_(step)
+    return torch.div(w, step, out=out).round_().clamp_(-top, top).mul_(step)
 
 # %% ../nbs/05_quantize.ipynb #90b8ce20
 def fake_quantize(
