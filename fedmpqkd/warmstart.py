@@ -37,16 +37,17 @@ class Start:
         spare = np.setdiff1d(np.arange(self.images), self.private)
         return Partition(tuple(self.private[p] for p in parts.parts), parts.how, spare)
 
-# %% ../nbs/12c_warmstart.ipynb #5a309c8a
-_BENEATH = ('dataset', 'train_images', 'test_images', 'model', 'clients', 'partition', 'dirichlet', 'participation', 'dropout', 'dropout_mode',
-            'dropout_stage', 'local_epochs', 'batch_size', 'seed', 'precision', 'extension', 'validation')
+# %% ../nbs/12c_warmstart.ipynb #4fa2a3c9
+_CENTRAL = ('dataset', 'train_images', 'test_images', 'model', 'batch_size', 'precision', 'extension')
+_FEDERATED = (*_CENTRAL, 'clients', 'partition', 'dirichlet', 'participation', 'dropout', 'dropout_mode', 'dropout_stage', 'local_epochs', 'seed',
+              'validation')
 
 def start_config(
     config: RunConfig,  # of the run that wants a warm start
 ) -> RunConfig:  # of the work before it; methods that differ in nothing else share it
     "What is computed once for all methods."
-    seed = 0 if config.warm_start.startswith('public') else config.seed
-    return RunConfig(**{name: getattr(config, name) for name in _BENEATH} | dict(seed=seed, warm_start=config.warm_start, method='start'))
+    beneath = _CENTRAL if config.warm_start.startswith('public') else _FEDERATED
+    return RunConfig(**{name: getattr(config, name) for name in beneath}, warm_start=config.warm_start, method='start')
 
 def after_fedavg(config: RunConfig, data: Dataset, device: str | torch.device, workers: int, rounds: int) -> dict[str, Any]:
     "A state after rounds of federated averaging, and what they cost."
