@@ -66,7 +66,7 @@ def test_values_of_the_design(axis: str, field: str, values: list):
 def test_noise_begins_at_round_sixty_of_a_hundred():
     late = planned("noise", "paper")["mid-run"]["fedmpq-kd"]
     assert (late.rounds, late.noise_from, late.label_noise, late.noise_clients) == (100, 60, 0.2, 0.1)
-    assert [axis_points("noise", "study", rounds)["mid-run"]["noise_from"] for rounds in (0, 5, 20)] == [9, 3, 12]
+    assert [axis_points("noise", "study", rounds)["mid-run"]["noise_from"] for rounds in (0, 5, 20)] == [5, 3, 12]
     assert all(0 < planned("noise", p)["mid-run"]["fedavg"].noise_from < planned("noise", p)["mid-run"]["fedavg"].rounds for p in THREE.presets)
 
 
