@@ -546,8 +546,8 @@ def test_experiment_2_beside_the_paper():
     with pytest.raises(ValueError, match="claims about exp1, exp2"): claims.beside_the_paper(records, "exp3")
 
 
-@pytest.mark.parametrize("preset", ["mini", "study"])
-def test_scaled_down_presets_say_so(preset: str):
+@pytest.mark.parametrize(("preset", "epochs"), [("mini", 10), ("study", 40)])
+def test_scaled_down_presets_say_so(preset: str, epochs: int):
     r = exp2(preset, "fedmpq-kd", 0, 40.0, lr=0.01)
     r["data"] = dict(name="cifar100-coarse", fingerprint="f", train=4000, test=1000, classes=20)
     (named,) = set(claims.beside_the_paper([r], "exp2")["other scale than the paper"])
@@ -555,7 +555,7 @@ def test_scaled_down_presets_say_so(preset: str):
     assert not {"stress", "eval_images", "precision", "seed", "validation"} & set(named.split(", "))
     said = claims.caption([r])
     for part in ("cifar100-coarse (20 coarse classes), 4,000 training", "mobilenetv2-imagenet (ImageNet strides), 20 clients, 40 % of them in a round, "
-                 "20 % of whom fail, 5 % of their images kept for validation, Dirichlet 0.1", "2 local epochs", f"preset exp2/{preset}."):
+                 f"20 % of whom fail, 5 % of their images kept for validation, warm start public:{epochs}, Dirichlet 0.1", "2 local epochs", f"preset exp2/{preset}."):
         assert part in said, part
 
 
