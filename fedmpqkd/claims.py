@@ -198,7 +198,7 @@ def _say_trials(runs: pd.DataFrame) -> str:
     kinds = {'under FGSM at 2/255': 'FGSM 2/255', 'at severity 3 of the corruptions': 'Severity 3'}
     mean = {kind: runs.groupby('method')[kind].agg(lambda v: v.mean(skipna=False)) for kind in kinds.values()}
     said = [f'{where} ' + ' and '.join(f'`{m}` {mean[kind][m]:.2f} %' for m in pair) for where, kind in kinds.items() if mean[kind][pair].notna().all()]
-    return f'Still recognised are, {"; ".join(said)} of the test images.' if pair and said else ''
+    return f'Share of the test images that are still recognised: {"; ".join(said)}.' if pair and said else ''
 
 # %% ../nbs/17a_claims.ipynb #f5a0b88b
 def hardware(

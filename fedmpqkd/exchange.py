@@ -229,9 +229,10 @@ def digest_step(
     "One step towards the mean answer."
     c = lesson.config
     replica.model.train(len(x) > 1)
-    with torch.autocast(replica.device.type, torch.bfloat16, enabled=c.precision == 'bf16'): logits = replica.model(x)
-    loss = kd_loss(logits.float(), target.to(x.device), c.temperature)
-    loss.backward()
+    with lesson.clock('digest'):
+        with torch.autocast(replica.device.type, torch.bfloat16, enabled=c.precision == 'bf16'): logits = replica.model(x)
+        loss = kd_loss(logits.float(), target.to(x.device), c.temperature)
+        loss.backward()
     take_step(replica, lesson)
     for key, value in dict(digest=loss.detach().double(), digests=1).items(): lesson.totals[key] = lesson.totals.get(key, 0) + value
 
@@ -249,9 +250,8 @@ def study(
     clock = Clock()
     with clock('quantise'): lesson, before = prepare(replica, config, task, received, clock)
     if target is not None:
-        with clock('digest'):
-            for position in public_batches(public, config, task.round, task.client):
-                digest_step(replica, lesson, public.images(position), target[position])
+        for position in public_batches(public, config, task.round, task.client):
+            digest_step(replica, lesson, public.images(position), target[position])
     train(replica, lesson, data, task)
     with clock('quantise'): after = finished_planes(lesson, task)
     log = training_log(lesson, before, after) | dict(seconds=clock.seconds)

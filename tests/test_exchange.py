@@ -1,6 +1,7 @@
 """Public logits: the codec, bytes by hand, whose labels are read, resumed and parallel runs, the optimum of distillation.
 
 Runs are three clients with 50 digits and a public set of 25 (`played`)."""
+import contextlib
 import dataclasses
 import functools
 import json
@@ -577,6 +578,22 @@ def test_without_a_model_at_the_server_there_is_none_to_judge_or_to_keep(tmp_pat
     config = RunConfig(**FIELDS | dict(rounds=1), exchange='logits-only')
     journal = Journal(tmp_path, 'g', 'n', run_id(config, digits().fingerprint))
     assert 'accuracy_recalibrated' not in run(config, digits(), journal, workers=1)['summary'] and not journal.model_path.exists()
+
+
+def test_no_second_is_charged_to_two_phases(tmp_path, monkeypatch):
+    "Phases that lie within each other would be counted twice."
+    class Flat(Clock):
+        inside = False
+
+        @contextlib.contextmanager
+        def __call__(self, phase):
+            assert not self.inside, f'{phase} within another phase'
+            self.inside = True
+            try:
+                with super().__call__(phase): yield
+            finally: self.inside = False
+    monkeypatch.setattr(exchange_module, 'Clock', Flat)
+    assert start('logits+model', tmp_path, update='latent').curve[1]['phases']['digest'] > 0
 
 
 # --- repetition -------------------------------------------------------------------------------------------------------
