@@ -89,12 +89,13 @@ def starts(
     rounds: int,  # of FedAvg before the first round
     epochs: int,  # of central training on a public half
     images: int = 0,  # in the training set of the runs with a public half; 0 is the preset's, of which clients then share a half
+    budgets: tuple[int, ...] = (4, 2),  # bits a weight
 ) -> dict[str, dict[str, Any]]:  # label -> configuration values
-    "From scratch, after FedAvg, or from a model trained on public images; at four bits and at two."
+    "From scratch, after FedAvg, or from a model trained on public images; at each budget."
     warm = {'fedavg': f'fedavg:{rounds}', 'public': f'public:{epochs}'}
     kinds: dict[str, dict[str, Any]] = {'scratch': {}} | {name: dict(warm_start=start, kd_warmup_rounds=0) for name, start in warm.items()}
     if images: kinds['public']['train_images'] = images
-    return {f'{name}-{bits}': values | dict(bits=bits) for bits in (4, 2) for name, values in kinds.items()}
+    return {f'{name}-{bits}': values | dict(bits=bits) for bits in budgets for name, values in kinds.items()}
 
 # %% ../nbs/16b_axes.ipynb #73f0c0e9
 def variants(
@@ -116,6 +117,8 @@ AXES |= {
         variants('linear', 'cosine', 'ratio', 'agree', 'entropy', 'accuracy', 'cooling')),
     'start': Axis('Where a run starts, and distillation', starts(20, 60, 4000), _PAIR,
                   dict(smoke=starts(1, 1), mini=starts(5, 20, 4000), paper=starts(20, 100))),
+    'statistics': Axis('What a teacher normalises by: running statistics, or the batch', starts(20, 60, 4000, (4,)), variants('batch'),
+                       dict(smoke=starts(1, 1, budgets=(4,)), mini=starts(5, 20, 4000, (4,)), paper=starts(20, 100, budgets=(4,)))),
     'student': Axis('Distillation without planes, and without bits', dict(base={}), 'fedavg,fedavg-kd,qat-uniform,qat-uniform-kd,fedmpq,fedmpq-kd'),
     'controls': Axis('What else could do as much as a teacher', dict(base={}), 'fedmpq,fedmpq-kd,fedmpq-smooth,fedmpq-prox')}
 

@@ -26,7 +26,7 @@ from .data import Dataset, crop_flip, draw_views, normalize, pad_images
 from .distill import GradRatio, distill_loss, gate
 from .models import Folded, Layout, build_model, layout, use_pointwise_matmul, use_tiny_depthwise
 from .quantize import Planes, QuantAct, quantize
-from .teacher import ASSIGNMENT, CoTeacher, alpha_at, remembers, teacher_state, temperature_at
+from .teacher import ASSIGNMENT, BatchTeacher, CoTeacher, alpha_at, remembers, teacher_state, temperature_at
 from .updates import BOOKS, Compressor, UpdateCode, dither_seeds, is_product
 from .wire import Manifest, Message, WireError, decode, encode
 
@@ -105,7 +105,11 @@ class Replica:
         self.device = torch.device(device)
         self.folded = Folded(self.model)
         self.recorded: dict[tuple, Recorded] = {}  # steps of a GPU
-        self.companion = None if config.teacher_frozen else CoTeacher(self.model, config.lr, config.momentum)
+        self.companion = self._companion(config)
+
+    def _companion(self, config: RunConfig) -> CoTeacher | BatchTeacher | None:
+        if not config.teacher_frozen: return CoTeacher(self.model, config.lr, config.momentum)
+        return BatchTeacher(self.model) if config.teacher_norm == 'batch' else None
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
@@ -169,7 +173,7 @@ class Lesson:
     config: RunConfig
     alpha: float  # weight of the distillation term in this round
     temperature: float  # its temperature
-    teacher: Folded | CoTeacher | None  # None where alpha is 0
+    teacher: Folded | BatchTeacher | CoTeacher | None  # None where alpha is 0
     rule: Rule | None  # None for full precision
     optimizer: torch.optim.Optimizer
     clock: Clock
@@ -276,10 +280,10 @@ class Result:
 
 # %% ../nbs/09_client.ipynb #fda2ab4f
 def choose_teacher(
-    replica: Replica,  # holds both kinds
+    replica: Replica,  # holds the kind that is wanted
     state: dict[str, Tensor],  # the teacher's
-) -> Folded | CoTeacher:  # ready to answer
-    "A frozen teacher, or one that learns."
+) -> Folded | BatchTeacher | CoTeacher:  # ready to answer
+    "A frozen teacher, folded or in training mode, or one that learns."
     if replica.companion is None: return replica.predictor(state)
     replica.companion.load(state)
     return replica.companion

@@ -81,6 +81,7 @@ CHOICES: dict[str, tuple[str, ...]] = dict(
     bn_pool=('mean', 'moments'),
     kd_loss=('forward', 'reverse', 'js', 'dkd', 'dist', 'mse'),
     teacher=('fp', 'delivered', 'q8', 'ema'),
+    teacher_norm=('running', 'batch'),
     alpha_schedule=('const', 'linear', 'cosine', 'grad-ratio'),
     temperature_schedule=('const', 'linear', 'cosine'),
     kd_gate=('none', 'agree', 'entropy', 'teacher-accuracy'),
@@ -179,6 +180,7 @@ class RunConfig(Traffic):
     kd_gate: str = 'none'  # weight of the samples in the distillation term
     teacher_refresh: int = 1  # rounds that a teacher lasts; 0 is one local epoch
     teacher_frozen: bool = True  # False: the teacher learns from the labels, too
+    teacher_norm: str = 'running'  # what a frozen teacher normalises by: its running statistics, or the batch's own
     compat: str = 'sound'  # 'official' repeats the published code's defects
 
     def __post_init__(self):

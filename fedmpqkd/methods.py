@@ -64,6 +64,7 @@ RECIPES |= {
     **{f'fedmpq-kd-{teacher}': _KD | dict(teacher=teacher) for teacher in ('delivered', 'q8', 'ema')},
     **{f'fedmpq-kd-{loss}': dict(**_KD, kd_loss=loss) for loss in ('reverse', 'js', 'dkd', 'dist', 'mse')},
     'fedmpq-kd-co': dict(**_KD, teacher_frozen=False),
+    'fedmpq-kd-batch': dict(**_KD, teacher_norm='batch'),
     'fedmpq-kd-every5': dict(**_KD, teacher_refresh=5),
     'fedmpq-kd-epoch': dict(**_KD, teacher_refresh=0),
     **{f'fedmpq-kd-{kind}': dict(**_KD, alpha_schedule=kind) for kind in ('linear', 'cosine')},
@@ -79,7 +80,8 @@ RECIPES |= {
 # %% ../nbs/11_methods.ipynb #0b2a17ff
 _IDLE: tuple[tuple[Any, tuple[str, ...]], ...] = (  # (when nothing of this is used, fields)
     (lambda c: not c.distils, ('temperature_schedule', 'temperature_end', 'kd_loss', 'teacher', 'alpha_schedule', 'alpha_end',
-                               'kd_warmup_rounds', 'kd_gate', 'teacher_refresh', 'teacher_frozen')),
+                               'kd_warmup_rounds', 'kd_gate', 'teacher_refresh', 'teacher_frozen', 'teacher_norm')),
+    (lambda c: not c.teacher_frozen, ('teacher_norm',)),
     (lambda c: not c.distils and c.exchange == 'model', ('temperature',)),
     (lambda c: c.update == 'fp32', ('bit_lr', 'scale_update', 'assignment', 'lambda_b', 'prune_threshold', 'prune_lsb', 'overshoot',
                                     'rounding_up', 'rounding_down', 'compat')),

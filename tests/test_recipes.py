@@ -45,7 +45,7 @@ def test_recipes_are_distinct_runs():
 
 
 @pytest.mark.parametrize('name,fields', {
-    'fedmpq-kd-reverse': {'kd_loss'}, 'fedmpq-kd-dist': {'kd_loss'}, 'fedmpq-kd-co': {'teacher_frozen'}, 'fedmpq-kd-every5': {'teacher_refresh'},
+    'fedmpq-kd-reverse': {'kd_loss'}, 'fedmpq-kd-dist': {'kd_loss'}, 'fedmpq-kd-co': {'teacher_frozen'}, 'fedmpq-kd-batch': {'teacher_norm'}, 'fedmpq-kd-every5': {'teacher_refresh'},
     'fedmpq-kd-ratio': {'alpha_schedule'}, 'fedmpq-kd-agree': {'kd_gate'}, 'fedmpq-kd-delivered': {'teacher'}, 'fedmpq-kd-high': {'alpha'},
     'fedmpq-kd-sr': {'rounding_up', 'rounding_down'}, 'fedmpq-kd-plain': {'bit_lr', 'scale_update'}, 'fedmpq-kd-ternary': {'bits'}}.items())
 def test_an_ablation_is_what_its_name_says(name, fields):
@@ -155,6 +155,18 @@ def test_a_frozen_teacher_of_one_epoch_is_the_student(digits):
     replica.folded.load = lambda state: (loads.append(state['fc.weight'].clone()), load(state))[1]
     local_round(replica, config, data, Task(0, 1, torch.arange(40)), downlink(server, 0, 1), server.manifest)
     assert len(loads) == 2 and not torch.equal(loads[0], loads[1])
+
+
+@pytest.mark.parametrize('method,hears', [('fedmpq-kd', True), ('fedmpq-kd-batch', False)])
+def test_only_a_teacher_in_eval_mode_hears_of_running_statistics(method, hears, digits):
+    "The student trains by the batch, so means that are spoilt reach its losses through the teacher or not at all."
+    config, lessons = config_of(method), []
+    for error in (0.0, 0.5):
+        replica, data = Replica(config, 10), Resident.of(digits)
+        server = Server(config, replica.layout, {n: t + error if n.endswith('running_mean') else t for n, t in replica.state.items()})
+        log = local_round(replica, config, data, Task(0, 1, torch.arange(40)), downlink(server, 0, 1), server.manifest).log
+        lessons.append((log['kd'], log['loss']))
+    assert (lessons[0] != lessons[1]) == hears and lessons[0][0] > 0
 
 
 def test_the_co_updated_teacher_learns_and_the_server_never_sees_it(digits):
