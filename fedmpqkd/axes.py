@@ -207,7 +207,7 @@ def point_tables(
     "The table of each point."
     several, tables = len({r['config']['lr'] for _, o in outcomes for r in o.records}) > 1, []
     for label, outcome in outcomes:
-        entries = table(outcome.records)
+        entries = table(outcome.records, fresh=True)
         if several and 'lr' not in entries: entries.insert(1, ('lr', ''), runs_frame(outcome.records).groupby('method').lr.first())
         tables.append(entries.set_axis([f'{label}: {m}' for m in entries.index]).rename_axis('Method'))
     return tables
@@ -223,7 +223,7 @@ def axis_markdown(
     return pages[0] + ''.join(page.split('\n', 2)[2] for page in pages[1:])
 
 # %% ../nbs/16b_axes.ipynb #f9a7b599
-_NARROW = ['n', 'lr', 'Accuracy %', 'fp32 %', 'ECE %', 'MB down', 'MB up']
+_NARROW = ['n', 'lr', 'Accuracy %', 'fp32 %', 'Fresh norm. %', 'MB down', 'MB up']
 
 def axis_latex(
     outcomes: Sequence[tuple[str, Outcome]],  # from `run_axis`
@@ -277,7 +277,8 @@ def axis_caption(
     "What a table or figure of an axis shows."
     labels = ', '.join(label for label, _ in outcomes)
     bold = 'Bold is the best of a point and what is within one standard deviation of it.'
-    return f'{find_axis(axis).title}: {labels}. {bold} At {outcomes[0][0]}: {caption(outcomes[0][1].records)}'
+    fresh = 'Fresh norm. is the accuracy of the last model with newly estimated normalisation statistics.'
+    return f'{find_axis(axis).title}: {labels}. {bold} {fresh} At {outcomes[0][0]}: {caption(outcomes[0][1].records)}'
 
 def axis_reading(outcomes: Sequence[tuple[str, Outcome]]) -> str:
     "What the table says at each point."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STREAMS', 'CHOICES', 'LIMITS', 'STARTS', 'DEFAULTS', 'ALGORITHM_VERSION', 'rng', 'torch_rng', 'Setting', 'Conditions',
-           'Traffic', 'RunConfig', 'as_list', 'config_from', 'plain', 'canonical', 'run_id', 'project_root',
+           'Traffic', 'Teaching', 'RunConfig', 'as_list', 'config_from', 'plain', 'canonical', 'run_id', 'project_root',
            'write_atomic', 'packed', 'Claimed', 'DamagedCheckpoint', 'Journal', 'has_bf16', 'environment', 'commit']
 
 # %% ../nbs/01_core.ipynb #7b1f5514
@@ -147,9 +147,32 @@ class Traffic(Conditions):
     peer_failure: float = 0.0  # probability that a peer misses one of them
     hop: str = 'fp32'  # precision of what peers send each other
 
-# %% ../nbs/01_core.ipynb #012c98e7
+# %% ../nbs/01_core.ipynb #4c55c941
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Traffic):
+class Teaching(Traffic):
+    "Who teaches, what, and how loudly."
+    alpha: float = 0.0  # weight of the distillation term; 0 builds no teacher
+    temperature: float = 2.0  # T
+    kd_loss: str = 'forward'  # divergence; forward is KL(teacher || student)
+    teacher: str = 'fp'  # what the frozen teacher is
+    alpha_schedule: str = 'const'  # of alpha over the rounds
+    alpha_end: float = 0.0  # where a linear or cosine alpha ends
+    temperature_schedule: str = 'const'  # of T over the rounds
+    temperature_end: float = 1.0  # where a linear or cosine T ends
+    kd_warmup_rounds: int = 1  # rounds without distillation: the first teacher is random
+    kd_gate: str = 'none'  # weight of the samples in the distillation term
+    teacher_refresh: int = 1  # rounds that a teacher lasts; 0 is one local epoch
+    teacher_frozen: bool = True  # False: the teacher learns from the labels, too
+    teacher_norm: str = 'running'  # what a frozen teacher normalises by: its running statistics, or the batch's own
+
+    @property
+    def distils(self) -> bool:
+        "Is there a teacher in any round?"
+        return self.alpha > 0 or (self.alpha_schedule in ('linear', 'cosine') and self.alpha_end > 0)
+
+# %% ../nbs/01_core.ipynb #217d6b69
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Teaching):
     "Everything that can change the result of one run."
     method: str = 'fedavg'  # the recipe's name
     update: str = 'fp32'  # how quantised weights learn
@@ -168,29 +191,11 @@ class RunConfig(Traffic):
     label_smoothing: float = 0.0  # of the cross-entropy
     aggregate: str = 'samples'  # weights of the average
     bn_pool: str = 'mean'  # how running variances are pooled
-    alpha: float = 0.0  # weight of the distillation term; 0 builds no teacher
-    temperature: float = 2.0  # T
-    kd_loss: str = 'forward'  # divergence; forward is KL(teacher || student)
-    teacher: str = 'fp'  # what the frozen teacher is
-    alpha_schedule: str = 'const'  # of alpha over the rounds
-    alpha_end: float = 0.0  # where a linear or cosine alpha ends
-    temperature_schedule: str = 'const'  # of T over the rounds
-    temperature_end: float = 1.0  # where a linear or cosine T ends
-    kd_warmup_rounds: int = 1  # rounds without distillation: the first teacher is random
-    kd_gate: str = 'none'  # weight of the samples in the distillation term
-    teacher_refresh: int = 1  # rounds that a teacher lasts; 0 is one local epoch
-    teacher_frozen: bool = True  # False: the teacher learns from the labels, too
-    teacher_norm: str = 'running'  # what a frozen teacher normalises by: its running statistics, or the batch's own
     compat: str = 'sound'  # 'official' repeats the published code's defects
 
     def __post_init__(self):
         for f in dataclasses.fields(self): object.__setattr__(self, f.name, _typed(f.name, f.type, getattr(self, f.name)))
         _validate(self)
-
-    @property
-    def distils(self) -> bool:
-        "Is there a teacher in any round?"
-        return self.alpha > 0 or (self.alpha_schedule in ('linear', 'cosine') and self.alpha_end > 0)
 
 # %% ../nbs/01_core.ipynb #87772d83
 def _typed(name: str, kind: Any, value: Any) -> Any:

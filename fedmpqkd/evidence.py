@@ -120,7 +120,7 @@ def _row(record: dict) -> dict[str, Any]:
     s, c, last, rounds = record['summary'], record['config'], record['curve'][-1], len(record['curve'])
     return dict(
         method=c['method'], seed=c['seed'], accuracy=s['accuracy'], accuracy_fp=_last(record, 'accuracy_fp'),
-        accuracy_quantised=_last(record, 'accuracy_quantised'), ece=s['ece'], auc_norm=s['auc']['norm'], auc_sum=s['auc']['sum'],
+        accuracy_quantised=_last(record, 'accuracy_quantised'), accuracy_fresh=s.get('accuracy_recalibrated', math.nan), ece=s['ece'], auc_norm=s['auc']['norm'], auc_sum=s['auc']['sum'],
         client_std=s['dispersion'].get('std', math.nan), bytes_down=s['bytes_down'] / rounds, bytes_up=s['bytes_up'] / rounds,
         seconds_per_round=min(line['seconds_training'] for line in ordinary(record['curve'])), seconds=s['seconds'], rounds=rounds, moved=last.get('moved', math.nan),
         lasso_moved=last.get('lasso_moved', math.nan), train=record['data']['train'], test=record['data']['test'],
@@ -141,7 +141,7 @@ def runs_frame(
 # %% ../nbs/17_evidence.ipynb #632b328a
 _COLUMNS: dict[str, tuple[str, float, int]] = {  # heading -> column of runs_frame, factor, which way is better
     'Accuracy %': ('accuracy', 1, 1), 'fp32 %': ('accuracy_fp', 1, 1), 'Quantised %': ('accuracy_quantised', 1, 1),
-    'AUC': ('auc_norm', 1, 1), 'ECE %': ('ece', 100, -1), 'Client std': ('client_std', 1, -1),
+    'Fresh norm. %': ('accuracy_fresh', 1, 1), 'AUC': ('auc_norm', 1, 1), 'ECE %': ('ece', 100, -1), 'Client std': ('client_std', 1, -1),
     'MB down': ('bytes_down', 1e-6, 0), 'MB up': ('bytes_up', 1e-6, 0), 's/round': ('seconds_per_round', 1, 0)}
 _WAYS = {heading: way for heading, (_, _, way) in _COLUMNS.items()} | dict.fromkeys(TRIALS, 1)
 COSTS = tuple(heading for heading, way in _WAYS.items() if not way)
@@ -160,10 +160,12 @@ def _spread(runs: pd.DataFrame, columns: dict[str, tuple[str, float]]) -> pd.Dat
 def table(
     records: Sequence[dict],  # comparable ones
     order: Sequence[str] | None = None,  # methods that come first; the others follow in the order of the recipes
+    fresh: bool = False,  # with the last model's accuracy under fresh normalisation statistics
 ) -> pd.DataFrame:  # a row per method; columns n, lr if methods differ in it, and (heading, 'mean' or 'std')
     "Mean and spread over seeds."
     runs = runs_frame(records)
-    entries = _spread(runs, {heading: (key, factor) for heading, (key, factor, _) in _COLUMNS.items()})
+    wanted = {heading: (key, factor) for heading, (key, factor, _) in _COLUMNS.items() if fresh or key != 'accuracy_fresh'}
+    entries = _spread(runs, wanted)
     if runs.lr.nunique() > 1: entries.insert(1, ('lr', ''), runs.groupby('method').lr.first())
     first = [m for m in order or [] if m in entries.index]
     return entries.loc[first + [m for m in entries.index if m not in first]]

@@ -120,6 +120,8 @@ def test_an_axis_runs(outcomes: list[tuple[str, Outcome]], tmp_path: Path):
         assert seen["2", method]["curve"][0]["steps"] == 2 * seen["1", method]["curve"][0]["steps"] > 0
     means = axis_table(outcomes)["Accuracy %"]["mean"]
     assert means.to_dict() == {f"{label}: {method}": r["summary"]["accuracy"] for (label, method), r in seen.items()}
+    fresh = axis_table(outcomes)["Fresh norm. %"]["mean"].to_dict()
+    assert fresh == {f"{label}: {method}": r["summary"]["accuracy_recalibrated"] for (label, method), r in seen.items()}
     paths = write_axis("local_epochs", outcomes, tmp_path)
     assert [p.name for p in paths] == ["exp3_local_epochs.tex", "exp3_local_epochs.md", "exp3_local_epochs.pdf"]
     assert paths[2].read_bytes().startswith(b"%PDF") and "A single seed" in paths[1].read_text()
