@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['accuracy', 'per_class_accuracy', 'calibration_bins', 'ece', 'confidence_of', 'ece_from_logits', 'adaptive_ece', 'nll',
-           'brier', 'fit_temperature', 'plot_reliability', 'auc', 'auc_over', 'headline', 'client_dispersion',
-           'sign_flip_test', 'paired_test', 'welch_test', 'bootstrap_ci', 'holm', 'peak_memory_mib']
+           'brier', 'fit_temperature', 'plot_reliability', 'auc', 'auc_over', 'headline', 'gap_closed',
+           'client_dispersion', 'sign_flip_test', 'paired_test', 'welch_test', 'bootstrap_ci', 'holm',
+           'peak_memory_mib']
 
 # %% ../nbs/13_metrics.ipynb #57dbbfaa
 import math
@@ -211,6 +212,17 @@ def headline(
     "Mean accuracy of the last rounds."
     if last < 1: raise ValueError(f'last must be at least 1, got {last}')
     return float(_filled(accuracies)[-last:].mean())
+
+# %% ../nbs/13_metrics.ipynb #3b235294
+def gap_closed(
+    method: Sequence[float],  # accuracies, one per seed
+    baseline: Sequence[float],  # the same seeds
+    best: Sequence[float],  # the same seeds: what could be reached
+) -> float:  # percent, negative for a loss; NaN where there is no gap
+    "How much of the gap between a baseline and the best a method closes."
+    if not len(method) == len(baseline) == len(best): raise ValueError(f'{len(method)}, {len(baseline)} and {len(best)} seeds: they must be the same')
+    gap = float(np.mean(best) - np.mean(baseline)) if len(best) else 0.0
+    return 100 * float(np.mean(method) - np.mean(baseline)) / gap if gap > 0 else math.nan
 
 # %% ../nbs/13_metrics.ipynb #16c1e186
 def client_dispersion(

@@ -18,7 +18,7 @@ from .core import config_from
 from .evidence import SETTING, check_comparable
 from .experiments import EXPERIMENTS, plan
 from .methods import RECIPES
-from .metrics import headline, holm, paired_test
+from .metrics import gap_closed, headline, holm, paired_test
 
 # %% ../nbs/13b_readings.ipynb #10efc4ce
 def _pair(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -252,9 +252,8 @@ def _gap_closed(runs: _Runs, a: str, b: str) -> float:
     "By how many percent the gap from b to full precision is smaller for a; NaN where there is no gap or no fedavg."
     seeds = sorted(set(runs[a]) & set(runs[b]) & set(runs.get('fedavg', {})))
     if not seeds: return math.nan
-    mean = lambda m, f: float(np.mean([f(runs[m][s]) for s in seeds]))
-    base, top = mean(b, _at_budget), mean('fedavg', lambda r: r['summary']['accuracy'])
-    return 100 * (mean(a, _at_budget) - base) / (top - base) if top > base else math.nan
+    own, base = ([_at_budget(runs[m][s]) for s in seeds] for m in (a, b))
+    return gap_closed(own, base, [runs['fedavg'][s]['summary']['accuracy'] for s in seeds])
 
 
 def _best_baseline(runs: _Runs, method: str) -> str:

@@ -340,6 +340,13 @@ def test_other_scales_are_named(preset: str, apart: set):
     assert claims.scale_of(r) == f"exp1/{preset}" and f"preset exp1/{preset}." in claims.caption([r])
 
 
+def test_the_gap_closed_counts_every_seed():
+    "Seed 0 closes 5 of 10 points; seed 1 has no gap and loses 7. Together that is 2 points lost of 8, not a half closed."
+    records = [at("study", s, m, a) for m, both in (("fedavg", (90, 80)), ("fedmpq", (80, 82)), ("fedmpq-kd", (85, 75))) for s, a in enumerate(both)]
+    row = claims.beside_the_paper(records, "exp1").set_index(["subject", "quantity"]).loc[("fedmpq-kd - fedmpq", "gap to fedavg closed %")]
+    assert row["measured"] == pytest.approx(-25) and row["n"] == 2 and math.isnan(row["std"])
+
+
 def test_a_gap_that_is_not_there_cannot_be_closed():
     records = [at("study", 0, m, a) for m, a in (("fedavg", 80.0), ("fedmpq", 82.1), ("fedmpq-kd", 84.7))]
     beside = claims.beside_the_paper(records, "exp1").set_index(["subject", "quantity"])
