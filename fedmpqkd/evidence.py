@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTING', 'TRIALS', 'COSTS', 'PAIRS', 'load_records', 'config_of', 'select', 'check_comparable', 'ordinary',
            'runs_frame', 'table', 'escape', 'to_markdown', 'to_latex', 'latex_panels', 'robustness_table',
-           'plot_curves', 'curves_pdf', 'comparisons']
+           'plot_curves', 'plot_both', 'curves_pdf', 'comparisons']
 
 # %% ../nbs/17_evidence.ipynb #e46591a3
 import json
@@ -293,30 +293,43 @@ def plot_curves(
     if ax is None:
         import matplotlib.pyplot as plt
         ax = plt.subplots(figsize=(3.3, 2.1), layout='constrained')[1]
-    for place, (method, (at, mean, std)) in enumerate(_curves(records, x).items()):
+    curves = _curves(records, x)
+    for place, (method, (at, mean, std)) in enumerate(curves.items()):
         colour, style = f'C{place % 10}', '--' if place >= 10 else '-'
         ax.plot(at, mean, style, color=colour, linewidth=1.2, label=method)
-        if std is not None: ax.fill_between(at, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+        if std is not None: ax.fill_between(at, mean - std, mean + std, color=colour, alpha=min(0.2, 0.7 / len(curves)), linewidth=0)
     ax.set(xlabel='round' if x == 'round' else 'MB sent, both directions', ylabel='accuracy %')
     if x == 'round': ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(frameon=False, fontsize=6)
     return ax
 
-# %% ../nbs/17_evidence.ipynb #7470961d
+# %% ../nbs/17_evidence.ipynb #5f3ead5a
+def plot_both(
+    records: Sequence[dict],  # comparable ones
+    figure: Any = None,  # matplotlib figure with constrained layout; None makes one at the width of a text block
+) -> Any:  # the figure
+    "Curves over rounds and over bytes."
+    if figure is None:
+        import matplotlib.pyplot as plt
+        figure = plt.figure(figsize=(6.6, 2.1), layout='constrained')
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, x in zip(axes, ('round', 'bytes'), strict=True): plot_curves(records, ax, x).get_legend().remove()
+    axes[1].set_ylabel('')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center', frameon=False, fontsize=6)
+    return figure
+
+# %% ../nbs/17_evidence.ipynb #b5c12e3c
 def curves_pdf(
     records: Sequence[dict],  # comparable ones
 ) -> bytes:  # a PDF
-    "Curves over rounds and over bytes, side by side, at the width of a text block."
+    "Curves over rounds and over bytes, at the width of a text block."
     import io
 
     import matplotlib
     from matplotlib.figure import Figure
     buffer = io.BytesIO()
     with matplotlib.rc_context({'pdf.fonttype': 42, 'font.family': 'serif', 'font.size': 8}):
-        figure = Figure(figsize=(6.6, 2.1), layout='constrained')
-        for ax, x in zip(figure.subplots(1, 2, sharey=True), ('round', 'bytes'), strict=True): plot_curves(records, ax, x)
-        ax.set_ylabel('')
-        ax.get_legend().remove()
+        figure = plot_both(records, Figure(figsize=(6.6, 2.1), layout='constrained'))
         figure.savefig(buffer, format='pdf', metadata={'CreationDate': None})
     return buffer.getvalue()
 
