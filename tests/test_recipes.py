@@ -13,7 +13,7 @@ from fedmpqkd.data import load_dataset
 from fedmpqkd.experiments import EXPERIMENTS
 from fedmpqkd.federation import open_run, play, run
 from fedmpqkd.methods import RECIPES, difference, make_config
-from fedmpqkd.server import Server, downlink
+from fedmpqkd.server import Server, downlink, written
 from fedmpqkd.teacher import refreshed
 from fedmpqkd.wire import decode, encode
 
@@ -178,6 +178,15 @@ def test_the_co_updated_teacher_learns_and_the_server_never_sees_it(digits):
     taught = replica.companion.model.state_dict()
     assert any(not torch.equal(taught[n], before[n]) for n in server.layout.quantized)
     assert all(torch.equal(server.state[n], t) for n, t in before.items())
+
+
+@pytest.mark.parametrize('method', ['fedavg', 'fedpq', 'fedmpq', 'fedmpq-kd', 'fedmpq-kd-q8', 'fedmpq-sr'])
+def test_what_is_packed_once_a_budget_is_what_each_client_would_have_been_sent(method):
+    config = config_of(method, clients=3, bits=(2, 4, 2))
+    server = Server(config, Replica(config, 10).layout, Replica(config, 10).state)
+    for _ in range(2):  # again after the model has changed within the round's number
+        for client in (0, 1, 2): assert downlink(server, client, 1) == written(server, client, 1)
+        server.state = {n: t + 1 if t.is_floating_point() else t for n, t in server.state.items()}
 
 
 # --- compressed updates in the loop ---------------------------------------------------------------------------------------------

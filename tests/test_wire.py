@@ -4,6 +4,7 @@ import hashlib
 import struct
 import time
 import zlib
+from dataclasses import replace
 from math import ceil, prod
 
 import numpy as np
@@ -23,6 +24,7 @@ from fedmpqkd.wire import (
     Qsgd,
     Quantised,
     WireError,
+    address,
     decode,
     encode,
     forecast,
@@ -87,6 +89,18 @@ def small():
     entries = {kind: random_entry(rng, kind, (3,), 3)[0] for kind in kinds}
     manifest = Manifest.of(entries)
     return Message(1, 2, 3, 4, entries), manifest, encode(Message(1, 2, 3, 4, entries), manifest)
+
+
+@pytest.mark.parametrize('client', [0, 3, 700, 2**32 - 1])
+def test_a_message_for_another_client_is_the_one_that_would_have_been_written(small, client):
+    message, manifest, data = small
+    assert address(data, client, manifest) == encode(replace(message, client=client), manifest)
+    assert decode(data, manifest).client == 3  # the original is whole
+
+
+def test_nobody_lives_at_an_impossible_address(small):
+    for client in (-1, 2**32):
+        with pytest.raises(WireError, match='client'): address(small[2], client, small[1])
 
 
 # what crosses ---------------------------------------------------------------------------------------------------------
