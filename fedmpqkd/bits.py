@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .core import RunConfig
-from .quantize import Planes, nearest_level, quantize, round_stochastic
+from .quantize import Planes, nearest_levels, peaks, quantize, quantize_all, round_stochastic
 
 # %% ../nbs/06_bits.ipynb #73986510
 def to_planes(
@@ -62,6 +62,9 @@ class Layer:
     penalty: float  # lambda_b N d / (number of all quantised weights)
     state: dict[str, Tensor] = field(default_factory=dict)  # what else a rule keeps
 
+    @property
+    def weight(self) -> Tensor: "The latent weight in the student's shape."; return self.value.view(self.shown.shape)
+
 # %% ../nbs/06_bits.ipynb #f8dfc4c3
 class Rule:
     "How the quantised weights of one student learn; this one leaves them alone."
@@ -88,14 +91,18 @@ class Rule:
 
     def show(self) -> None:
         "Write the quantised weights into the student."
+        live = [x for x in self.layers if x.bits]
+        if live: nearest_levels([x.weight for x in live], [x.scale for x in live], [x.bits for x in live], [x.shown for x in live])
         for layer in self.layers:
-            value = layer.value.view(layer.shown.shape)
-            if layer.bits: nearest_level(value, layer.scale, layer.bits, out=layer.shown)
-            else: layer.shown.copy_(value)
+            if not layer.bits: layer.shown.copy_(layer.weight)
 
     def finish(self, generator: torch.Generator | None = None) -> list[Planes]:
         "Binarise: to nearest, or stochastically with a generator."
-        return [quantize(x.value.view(x.shown.shape), x.bits, generator, x.scale) if x.bits else _zeros(x) for x in self.layers]
+        live = [x for x in self.layers if x.bits]
+        if generator: done = [quantize(x.weight, x.bits, generator, x.scale) for x in live]
+        else: done = quantize_all([x.weight for x in live], [x.bits for x in live], [x.scale for x in live])
+        finished = iter(done)
+        return [next(finished) if x.bits else _zeros(x) for x in self.layers]
 
 # %% ../nbs/06_bits.ipynb #4d424825
 def _zeros(layer: Layer) -> Planes:
@@ -106,6 +113,13 @@ def _zeros(layer: Layer) -> Planes:
 # %% ../nbs/06_bits.ipynb #fa577f0d
 class SignedPlanes(Rule):
     "Signed bit planes in units of weights, SGD with momentum."
+    def __init__(self, config: RunConfig, planes: Sequence[Planes], shown: Sequence[Tensor], generator: torch.Generator | None = None):
+        super().__init__(config, planes, shown, generator)
+        self.live = [x for x in self.layers if x.bits]
+        device, repeats = shown[0].device, torch.tensor([x.bits for x in self.live], dtype=torch.int64)
+        self.owner = torch.repeat_interleave(repeats).to(device)  # the layer of each plane
+        self.penalty = torch.tensor([x.penalty for x in self.live]).to(device)[self.owner]
+
     def start(self, layer: Layer, p: Planes) -> None:
         if not p.bits: return
         planes = to_planes(p.levels.reshape(-1), p.bits).mul_(p.sign.reshape(-1).float().mul_(p.scale))
@@ -113,21 +127,32 @@ class SignedPlanes(Rule):
         layer.state['speed'] = torch.zeros_like(layer.state['planes'])
         layer.state['scale_speed'] = torch.zeros_like(layer.scale)
 
-    def step(self, layer: Layer, g: Tensor) -> None:
+    def receive(self, grads: Sequence[Tensor]) -> None:
+        "One step of every layer."
+        live = [g.reshape(-1) for x, g in zip(self.layers, grads, strict=True) if x.bits]
+        for layer, g, pull in zip(self.live, live, self.pulls(), strict=True): self.step(layer, g, pull)
+        if self.config.scale_update == 'overflow' and live:
+            torch._foreach_maximum_([x.scale for x in self.live], peaks([x.value for x in self.live]).unbind())
+
+    def pulls(self) -> Sequence[Tensor | None]:
+        "The lasso's gradient for the planes of each layer, relative to the plane [N, 1]; None without a lasso."
+        if not self.config.lambda_b or not self.live: return [None] * len(self.live)
+        lengths = torch.cat([torch.linalg.vector_norm(x.state['planes'], dim=1) for x in self.live])
+        scales = torch.stack([x.scale for x in self.live])[self.owner]
+        norms = (1e-8 * scales**2 + lengths.square()).sqrt()
+        return (self.penalty * scales / norms.clamp_min(1e-30))[:, None].split([x.bits for x in self.live])
+
+    def step(self, layer: Layer, g: Tensor, pull: Tensor | None = None) -> None:
+        "One step of one layer."
         c, planes, speed = layer.state['c'], layer.state['planes'], layer.state['speed']
         gain = c / kappa(layer.bits) if self.config.bit_lr == 'precond' else c * layer.scale**2
         if self.config.scale_update == 'sgd': scale_gradient = (g * layer.shown.reshape(-1)).sum() / layer.scale.clamp_min(1e-30)
         speed.addr_(gain, g, beta=self.config.momentum)
-        if layer.penalty:
-            norms = (1e-8 * layer.scale**2 + torch.linalg.vector_norm(planes, dim=1).square()).sqrt()
-            speed.addcmul_(planes, (layer.penalty * layer.scale / norms.clamp_min(1e-30))[:, None])
+        if pull is not None: speed.addcmul_(planes, pull)
         planes.add_(speed, alpha=-self.config.lr)
         if self.config.scale_update == 'sgd': self._train_scale(layer, scale_gradient)
         if self.config.scale_update != 'overflow': planes.copy_(planes.clamp(-2 * layer.scale, 2 * layer.scale))
-        layer.value.copy_(c @ planes)
-        if self.config.scale_update == 'overflow':
-            low, high = layer.value.aminmax()
-            torch.maximum(layer.scale, torch.maximum(high, -low), out=layer.scale)
+        torch.mm(c[None], planes, out=layer.value[None])
 
     def _train_scale(self, layer: Layer, gradient: Tensor) -> None:
         "The scale as a parameter: the signed planes stay, so planes in units of weights are rescaled."
@@ -159,7 +184,7 @@ class Latent(Rule):
 
     def show(self) -> None:
         "The scale follows the largest weight."
-        for layer in self.layers: layer.scale.copy_(layer.value.abs().max())
+        torch._foreach_copy_([x.scale for x in self.layers], peaks([x.value for x in self.layers]).unbind())
         super().show()
 
 # %% ../nbs/06_bits.ipynb #9be73001
@@ -220,8 +245,11 @@ def moved_share(
 ) -> float:  # between 0 and 1
     "Share of the weights whose signed level changed, among layers that kept their bits."
     pairs = [(a, b) for a, b in zip(before, after, strict=True) if a.bits == b.bits and a.bits]
-    changed = sum(int(((a.levels != b.levels) | (a.sign != b.sign) & (a.levels > 0)).count_nonzero()) for a, b in pairs)
-    return changed / max(1, sum(a.levels.numel() for a, _ in pairs))
+    if not pairs: return 0.0
+    row = lambda tensors: torch.cat([t.reshape(-1) for t in tensors])
+    levels = row(a.levels for a, _ in pairs)
+    turned = (row(a.sign for a, _ in pairs) != row(b.sign for _, b in pairs)) & (levels > 0)
+    return int(((levels != row(b.levels for _, b in pairs)) | turned).count_nonzero()) / len(levels)
 
 # %% ../nbs/06_bits.ipynb #495ba741
 def lasso_moved(
@@ -252,10 +280,10 @@ def reduce_precision(
     "Precision reduction at the end of local training."
     r, n, shift = planes.levels, planes.bits, 0
     if not n: return planes
-    share = lambda plane: 100 * int((r >> (n - 1 if plane == 0 else 0) & 1).sum()) / r.numel()  # most or least significant
+    share = lambda plane: 100 * int((r & 2**plane).count_nonzero()) / r.numel()  # percent of ones
     if compat == 'official': r, n = _official_carry(planes, threshold)
-    while n > 1 and share(0) < threshold: r, n = r.clamp(max=2 ** (n - 1) - 1), n - 1
-    while prune_lsb and n > 1 and share(-1) <= threshold: r, n, shift = r >> 1, n - 1, shift + 1
+    while n > 1 and share(n - 1) < threshold: r, n = r.clamp(max=2 ** (n - 1) - 1), n - 1
+    while prune_lsb and n > 1 and share(0) <= threshold: r, n, shift = r >> 1, n - 1, shift + 1
     scale = planes.scale * 2**shift * (2**n - 1) / (2**planes.bits - 1)
     n = 0 if n == 1 and not bool(r.any()) else n
     return replace(planes, levels=r, bits=n, scale=scale, delta=planes.delta + planes.bits - n)

@@ -25,7 +25,7 @@ from .core import RunConfig, torch_rng
 from .data import Dataset, crop_flip, draw_views, normalize, pad_images
 from .distill import GradRatio, distill_loss, gate
 from .models import Folded, Layout, build_model, layout, use_pointwise_matmul, use_tiny_depthwise
-from .quantize import Planes, QuantAct, quantize
+from .quantize import Planes, QuantAct, quantize, quantize_all
 from .teacher import ASSIGNMENT, BatchTeacher, CoTeacher, alpha_at, remembers, teacher_state, temperature_at
 from .updates import BOOKS, Compressor, UpdateCode, dither_seeds, is_product
 from .wire import Manifest, Message, WireError, decode, encode
@@ -399,7 +399,7 @@ def finished_planes(
     if lesson.rule is None: return []
     stochastic = c.rounding_up == 'stochastic'
     planes = lesson.rule.finish(torch_rng(c.seed, 'quantiser', 2 * task.round, 2**20 + task.client) if stochastic else None)
-    return [replace(p, levels=p.levels.cpu(), sign=p.sign.cpu()) for p in planes]
+    return planes if planes[0].levels.device.type == 'cpu' else [replace(p, levels=p.levels.cpu(), sign=p.sign.cpu()) for p in planes]
 
 # %% ../nbs/09_client.ipynb #42214e09
 def uplink_entries(
@@ -408,10 +408,10 @@ def uplink_entries(
     planes: list[Planes],  # trained quantised weights; empty for full precision
 ) -> dict[str, Any]:  # what the client sends
     "The client's model, empty planes dropped."
-    entries: dict[str, Any] = {n: t.detach().contiguous().cpu() for n, t in replica.state.items()}
+    coded = dict(zip(replica.layout.quantized, planes, strict=bool(planes)))
     if config.assignment == 'prune-grow':
-        planes = [reduce_precision(p, config.prune_threshold, config.prune_lsb, config.compat) for p in planes]
-    return entries | dict(zip(replica.layout.quantized, planes, strict=bool(planes)))
+        coded = {n: reduce_precision(p, config.prune_threshold, config.prune_lsb, config.compat) for n, p in coded.items()}
+    return {n: coded[n] if n in coded else t.detach().contiguous().cpu() for n, t in replica.state.items()}
 
 # %% ../nbs/09_client.ipynb #9b9ec6cf
 def update_entries(
@@ -500,5 +500,7 @@ def downlink_entries(
     generator: torch.Generator | None = None,  # given: round stochastically
 ) -> dict[str, Any]:  # quantised weights as planes, the rest as it is
     "A model at the assigned bits."
-    planes = {n: quantize(state[n], b, generator) for n, b in zip(shape.quantized, bits, strict=True)}
+    weights = [state[n] for n in shape.quantized]
+    coded = [quantize(w, b, generator) for w, b in zip(weights, bits, strict=True)] if generator else quantize_all(weights, bits)
+    planes = dict(zip(shape.quantized, coded, strict=True))
     return {n: planes.get(n, t) for n, t in state.items()}

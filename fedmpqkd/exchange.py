@@ -28,7 +28,7 @@ from fedmpqkd.client import (
 from .core import RunConfig, rng, torch_rng
 from .data import Dataset, normalize
 from .distill import kd_loss
-from .federation import PROTOCOLS, Protocol, Run, judge, judge_round, participants, run_round, summary_of
+from .federation import PROTOCOLS, Protocol, Run, judge, judge_round, longest_first, participants, run_round, summary_of
 from .partition import Partition
 from .server import Average, aggregate, downlink, receive
 from fedmpqkd.wire import (
@@ -348,9 +348,10 @@ def exchange_round(
     if round == 0: run.meter.add_manifest(public.manifest.encode())
     mean, parts = run.memories.load(SERVER, round).get(LOGITS), [torch.from_numpy(p) for p in private.parts]
     chosen, failing = participants(c, [len(p) for p in parts], round)
-    visits = run.crew.map(lambda k: visit(run, public, parts[k], mean, k, round, k in failing), chosen, lambda k: len(parts[k]))
+    order = longest_first(chosen, [len(p) for p in parts])
+    visits = run.crew.map(lambda k: visit(run, public, parts[k], mean, k, round, k in failing), order)
     logs, problems = [], {}
-    for k, answer in zip(chosen, visits, strict=True):
+    for k, answer in zip(order, visits, strict=True):
         for data in answer.down: run.meter.add('down', data, k)
         if not answer.log or k in failing: continue
         logs.append(answer.log)

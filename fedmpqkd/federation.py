@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'participants', 'round_half_up', 'Crew', 'predict', 'judge', 'judge_round', 'hold_out', 'validate',
-           'Memories', 'Run', 'visit', 'has_memory', 'run_round', 'Protocol', 'protocol_of', 'noise', 'summary_of',
-           'Progress', 'open_run', 'play', 'plain_batches', 'fresh_statistics', 'recalibrated', 'best_validation',
-           'summarize', 'run', 'resume', 'final_states', 'make_record']
+           'Memories', 'Run', 'visit', 'has_memory', 'longest_first', 'run_round', 'Protocol', 'protocol_of', 'noise',
+           'summary_of', 'Progress', 'open_run', 'one_thread', 'play', 'plain_batches', 'fresh_statistics',
+           'recalibrated', 'best_validation', 'summarize', 'run', 'resume', 'final_states', 'make_record']
 
 # %% ../nbs/12_federation.ipynb #f33d7460
 import dataclasses
@@ -14,9 +14,10 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -73,13 +74,13 @@ class Crew:
         "The networks of the calling worker; outside of the pool, the first worker's."
         return getattr(self.local, 'replica', self.replicas[0])
 
-    def map(self, function: Callable[[Any], Any], items: Iterable[Any],
-            cost: Callable[[Any], float] = lambda item: 0) -> Iterator[Any]:
-        "Results in the order of the items; the most expensive items start first."
-        items = list(items)
-        order = sorted(range(len(items)), key=lambda i: -cost(items[i]))
-        futures = {i: self.pool.submit(function, items[i]) for i in order}
-        for i in range(len(items)): yield futures.pop(i).result()
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        "Results in the order of the items, of which a few are under way at a time."
+        waiting: deque[Future[Any]] = deque()
+        for item in items:
+            waiting.append(self.pool.submit(function, item))
+            if len(waiting) > 2 * self.size: yield waiting.popleft().result()
+        while waiting: yield waiting.popleft().result()
 
     def close(self) -> None: "End the threads."; self.pool.shutdown(cancel_futures=True)
 
@@ -215,7 +216,9 @@ def visit(run: Run, client: int, round: int, fails: bool) -> tuple[tuple[bytes, 
 
 def has_memory(config: RunConfig) -> bool: "Must clients remember anything?"; return remembers(config) or config.error_feedback
 
-# %% ../nbs/12_federation.ipynb #17d1659a
+# %% ../nbs/12_federation.ipynb #66d27c9b
+def longest_first(chosen: Iterable[int], sizes: Sequence[int]) -> list[int]: "Clients by falling number of images."; return sorted(chosen, key=lambda k: -sizes[k])
+
 def run_round(
     run: Run,  # changed: its server has a new model afterwards
     round: int,  # from 0
@@ -223,9 +226,9 @@ def run_round(
     "Send, train, collect, average."
     sizes = [len(p) for p in run.partition.parts]
     chosen, failing = participants(run.config, sizes, round)
-    logs, problems = [], {}
-    visits = run.crew.map(lambda k: visit(run, k, round, k in failing), chosen, cost=lambda k: sizes[k])
-    for k, (down, result) in zip(chosen, visits, strict=True):
+    order, logs, problems = longest_first(chosen, sizes), [], {}
+    visits = run.crew.map(lambda k: visit(run, k, round, k in failing), order)
+    for k, (down, result) in zip(order, visits, strict=True):
         for message in down: run.meter.add('down', message, k)
         if result is None or k in failing: continue
         logs.append(result.log)
@@ -324,7 +327,17 @@ def open_run(
     run.meter.add_manifest(server.manifest.encode())
     return run
 
-# %% ../nbs/12_federation.ipynb #93d0dd30
+# %% ../nbs/12_federation.ipynb #6dc09b8d
+@contextmanager
+def one_thread() -> Iterator[None]:
+    "Within, operators of the calling thread use this thread only."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+# %% ../nbs/12_federation.ipynb #bfb23997
+@one_thread()
 def play(
     run: Run,  # from `open_run`
     curve: list[dict[str, Any]],  # rounds already played; extended in place

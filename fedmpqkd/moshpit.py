@@ -21,7 +21,7 @@ from torch import Tensor
 from .bits import bit_statistics
 from .client import Clock, Result, manifest_of
 from .core import RunConfig, rng, torch_rng
-from .federation import PROTOCOLS, Memories, Protocol, Run, judge, judge_round, participants, summary_of, visit
+from .federation import PROTOCOLS, Memories, Protocol, Run, judge, judge_round, longest_first, participants, summary_of, visit
 from .models import Layout
 from .quantize import Planes, quantize
 from .server import Average, Server, deployed
@@ -292,13 +292,14 @@ def moshpit_round(
     sizes, clock = [len(p) for p in run.partition.parts], Clock()
     chosen, failing = participants(run.config, sizes, round)
     logs, problems, owns, peers = [], {}, {}, {}
-    visits = run.crew.map(lambda k: local_visit(run, k, round, k in failing), chosen, cost=lambda k: sizes[k])
-    for k, (own, result) in zip(chosen, visits, strict=True):
+    order = longest_first(chosen, sizes)
+    visits = run.crew.map(lambda k: local_visit(run, k, round, k in failing), order)
+    for k, (own, result) in zip(order, visits, strict=True):
         if result is None: continue
         if k not in failing: logs.append(result.log)
         if result.message is None: problems[str(k)] = result.log['failed']; continue
         owns[k], peers[k] = own, peer_of(decode(result.message, own.manifest), run.config, own.layout, own.budget(k))
-    with clock('exchange'): exchange(run, {k: p for k, p in peers.items() if k not in failing}, chosen, round)
+    with clock('exchange'): exchange(run, {k: peers[k] for k in chosen if k in peers and k not in failing}, chosen, round)
     for k, own in owns.items(): own_models(run).save(k, round, settle(own, peers[k]).checkpoint())
     observe(run, round)
     arrived = sum(p.met for p in peers.values())

@@ -37,14 +37,14 @@ class Average:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, state: dict[str, Tensor], weight: float) -> None:
-        "Take one client's state in."
-        state = {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
+        "Take one client's state in; sums are fp64."
+        real = {n: t for n, t in state.items() if t.is_floating_point()}
         if self.pool == 'moments':
-            for mean, var in variance_pairs(list(state)): state[var] = state[var] + state[mean] ** 2
+            real |= {var: state[var].double() + state[mean].double() ** 2 for mean, var in variance_pairs(list(real))}
         for n, t in state.items():
-            if not t.is_floating_point(): self.sums[n] = torch.maximum(self.sums.get(n, t), t)
-            elif n in self.sums: self.sums[n].add_(t, alpha=weight)
-            else: self.sums[n] = t * weight
+            if n not in real: self.sums[n] = torch.maximum(self.sums.get(n, t), t)
+            elif n not in self.sums: self.sums[n] = torch.zeros_like(t, dtype=torch.float64)
+        torch._foreach_add_([self.sums[n] for n in real], list(real.values()), alpha=weight)
         self.weight += weight; self.clients += 1
 
     def mean(self) -> dict[str, Tensor]:

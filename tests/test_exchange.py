@@ -49,8 +49,10 @@ class Played(tape.Played):
     ends: list  # length of the tape after each round
 
     def messages(self, direction: str, round: int, client: int | None = None) -> list[bytes]:
+        "In the order of the clients, whoever answered first."
         begin = self.ends[round - 1] if round else 0
-        return [d for way, k, d in self.run.meter.tape[begin:self.ends[round]] if way == direction and client in (None, k)]
+        heard = sorted(self.run.meter.tape[begin:self.ends[round]], key=lambda line: line[1])
+        return [d for way, k, d in heard if way == direction and client in (None, k)]
 
     def logits(self, direction: str, round: int) -> list[Message]:
         "Decoded messages that hold logits."
@@ -346,7 +348,7 @@ def test_private_batches_are_those_of_every_other_method(played):
     plain.meter = Tape()
     try: federation.run_round(plain, 0)
     finally: plain.crew.close()
-    ups = [d for way, _, d in plain.meter.tape if way == 'up']
+    ups = [d for way, _, d in sorted(plain.meter.tape, key=lambda line: line[1]) if way == 'up']
     assert ups == played('server-distill').messages('up', 0) == [m for k in range(K) for m in played('logits+model').messages('up', 0, k)[:1]]
     public = public_of(config)
     orders = {tuple(torch.cat(list(public_batches(public, config, 0, k))).tolist()) for k in (0, 1, SERVER)}

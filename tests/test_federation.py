@@ -629,3 +629,38 @@ def test_golden_run():
             f'the numerics of a run have changed ({key} is {got}, was {list(GOLDEN[key])}): if that is intended, raise '
             'ALGORITHM_VERSION in core and write the new numbers here; otherwise it is a bug')
     assert [line['bytes_down'] for line in curve] == [630738] * 2 and [line['bytes_up'] for line in curve] == [125762] * 2
+
+
+def test_the_server_computes_without_helpers_while_workers_train(monkeypatch):
+    "OpenMP's helpers would spin for cores that the workers hold; afterwards the caller has its threads back."
+    seen, before = [], torch.get_num_threads()
+    whole = open_run(make_config('fedavg', **FIELDS), digits(), workers=2)
+    judge = federation.PROTOCOLS['star'].judge
+    def judged(*args):
+        seen.append(torch.get_num_threads())
+        return judge(*args)
+    monkeypatch.setitem(federation.PROTOCOLS, 'star', dataclasses.replace(federation.PROTOCOLS['star'], judge=judged))
+    try:
+        torch.set_num_threads(2)
+        play(whole, [], until=1)
+        assert seen == [1] and torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError), federation.one_thread(): 1 / 0
+        assert torch.get_num_threads() == 2
+    finally: torch.set_num_threads(before); whole.crew.close()
+
+
+def test_a_crew_works_on_a_few_tasks_at_a_time():
+    "Results keep their order, and no more than twice the workers' number and one are handed out before the first is taken."
+    whole, started = open_run(make_config('fedavg', **FIELDS), digits(), workers=2), []
+    def slow_first(i):
+        started.append(i)
+        if i == 0: time.sleep(0.2)
+        return i * i
+    try:
+        results = whole.crew.map(slow_first, range(40))
+        assert next(results) == 0 and len(started) <= 5
+        assert list(results) == [i * i for i in range(1, 40)]
+        failing = whole.crew.map(lambda i: 1 // i, [1, 0, 1])
+        assert next(failing) == 1
+        with pytest.raises(ZeroDivisionError): next(failing)
+    finally: whole.crew.close()

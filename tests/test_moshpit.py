@@ -173,7 +173,9 @@ def digits(train: int = 80, test: int = 30): return tape.digits(train, test)
 
 class Played(tape.Played):
     def messages(self, way: str, manifest=None) -> list[tuple[int, Message]]:
-        return [(k, decode(d, manifest or self.run.server.manifest)) for w, k, d in self.run.meter.tape if w == way]
+        "A star's in the order of the clients, whoever answered first; those of peers, which have a manifest of their own, as they crossed."
+        heard = self.run.meter.tape if manifest else sorted(self.run.meter.tape, key=lambda line: line[1])
+        return [(k, decode(d, manifest or self.run.server.manifest)) for w, k, d in heard if w == way]
 
     def own(self, client: int, round: int = 1): return recall(self.run, client, round)
 

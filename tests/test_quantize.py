@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmpqkd.quantize import (
-    QuantAct, check_bits, choose_qparams_affine, dequantize_affine, fake_quantize, nearest_level, quantize,
-    quantize_activation, quantize_affine, round_stochastic,
+    QuantAct, check_bits, choose_qparams_affine, dequantize_affine, fake_quantize, nearest_level,
+    nearest_levels, peaks, quantize, quantize_activation, quantize_affine, quantize_all, round_stochastic,
 )
 
 torch.set_num_threads(1)
@@ -208,3 +208,22 @@ def test_pact_learns_its_bound_and_relu6_has_none():
     assert pact.bound.grad.item() == 2.0  # one for each value that it cuts off
     assert x.grad.tolist() == [0.0, 1.0, 0.0, 0.0]
     assert not list(QuantAct(4).parameters()) and QuantAct(4)(torch.tensor([50.0])).item() == pytest.approx(6.0)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 8), st.sampled_from([0.0, 1e-30, 0.3, 1.0, 1e20])), min_size=1, max_size=6),
+       st.integers(0, 2**31 - 1), st.booleans())
+def test_many_tensors_at_once_are_each_tensor_alone(shapes, seed, own_scale):
+    "To the last bit, layers of zeros and values beyond a given scale included."
+    g = torch.Generator().manual_seed(seed)
+    ws, bits = [torch.randn(d, generator=g) * size for d, _, size in shapes], [n for _, n, _ in shapes]
+    scales = [torch.rand((), generator=g) + 0.1 for _ in ws] if own_scale else None
+    alone = [quantize(w, n, scale=scales[i] if scales else None) for i, (w, n) in enumerate(zip(ws, bits, strict=True))]
+    for a, b in zip(quantize_all(ws, bits, scales), alone, strict=True):
+        assert torch.equal(a.levels, b.levels) and torch.equal(a.sign, b.sign) and (a.scale, a.bits) == (b.scale, b.bits)
+    at = scales or list(peaks(ws).unbind())
+    for shown, w, S, n in zip(nearest_levels(ws, at, bits), ws, at, bits, strict=True):
+        top = 2**n - 1
+        step = S.clamp_min(torch.finfo(torch.float32).tiny) / top
+        assert torch.equal(shown, (w / step).round().clamp(-top, top) * step)
+    assert quantize_all([], []) == []
