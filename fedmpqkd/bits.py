@@ -110,7 +110,15 @@ def _zeros(layer: Layer) -> Planes:
     zero = torch.zeros(layer.shown.shape, dtype=torch.uint8, device=layer.shown.device)
     return Planes(zero, torch.ones_like(zero, dtype=torch.int8), float(layer.scale), 0)
 
-# %% ../nbs/06_bits.ipynb #fa577f0d
+# %% ../nbs/06_bits.ipynb #d9be96e6
+def _train_scale(layer: Layer, gradient: Tensor, config: RunConfig) -> None:
+    "The scale as a parameter: the signed planes stay, so planes in units of weights are rescaled."
+    speed = layer.state['scale_speed'].mul_(config.momentum).add_(gradient)
+    scale = (layer.scale - config.lr * speed).clamp_min(1e-8)
+    for name in ('planes', 'speed'): layer.state[name].mul_(scale / layer.scale.clamp_min(1e-8))
+    layer.scale.copy_(scale)
+
+# %% ../nbs/06_bits.ipynb #7bcbe624
 class SignedPlanes(Rule):
     "Signed bit planes in units of weights, SGD with momentum."
     def __init__(self, config: RunConfig, planes: Sequence[Planes], shown: Sequence[Tensor], generator: torch.Generator | None = None):
@@ -150,16 +158,9 @@ class SignedPlanes(Rule):
         speed.addr_(gain, g, beta=self.config.momentum)
         if pull is not None: speed.addcmul_(planes, pull)
         planes.add_(speed, alpha=-self.config.lr)
-        if self.config.scale_update == 'sgd': self._train_scale(layer, scale_gradient)
+        if self.config.scale_update == 'sgd': _train_scale(layer, scale_gradient, self.config)
         if self.config.scale_update != 'overflow': planes.copy_(planes.clamp(-2 * layer.scale, 2 * layer.scale))
         torch.mm(c[None], planes, out=layer.value[None])
-
-    def _train_scale(self, layer: Layer, gradient: Tensor) -> None:
-        "The scale as a parameter: the signed planes stay, so planes in units of weights are rescaled."
-        speed = layer.state['scale_speed'].mul_(self.config.momentum).add_(gradient)
-        scale = (layer.scale - self.config.lr * speed).clamp_min(1e-8)
-        for name in ('planes', 'speed'): layer.state[name].mul_(scale / layer.scale.clamp_min(1e-8))
-        layer.scale.copy_(scale)
 
 # %% ../nbs/06_bits.ipynb #e97e2c82
 def msb_hinge(
