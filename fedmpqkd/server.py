@@ -44,7 +44,7 @@ class Average:
         for n, t in state.items():
             if n not in real: self.sums[n] = torch.maximum(self.sums.get(n, t), t)
             elif n not in self.sums: self.sums[n] = torch.zeros_like(t, dtype=torch.float64)
-        torch._foreach_add_([self.sums[n] for n in real], list(real.values()), alpha=weight)
+        if real: torch._foreach_add_([self.sums[n] for n in real], list(real.values()), alpha=weight)
         self.weight += weight; self.clients += 1
 
     def mean(self) -> dict[str, Tensor]:
