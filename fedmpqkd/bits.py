@@ -73,6 +73,7 @@ class Rule:
         self.config, self.generator = config, generator
         total = sum(w.numel() for w in shown)
         self.layers = [self._layer(p, w, config.lambda_b * p.bits * w.numel() / total) for p, w in zip(planes, shown, strict=True)]
+        self.live = [x for x in self.layers if x.bits]
         for layer, p in zip(self.layers, planes, strict=True): self.start(layer, p)
         self.show()
 
@@ -91,17 +92,16 @@ class Rule:
 
     def show(self) -> None:
         "Write the quantised weights into the student."
-        live = [x for x in self.layers if x.bits]
+        live = self.live
         if live: nearest_levels([x.weight for x in live], [x.scale for x in live], [x.bits for x in live], [x.shown for x in live])
         for layer in self.layers:
             if not layer.bits: layer.shown.copy_(layer.weight)
 
     def finish(self, generator: torch.Generator | None = None) -> list[Planes]:
         "Binarise: to nearest, or stochastically with a generator."
-        live = [x for x in self.layers if x.bits]
-        if generator: done = [quantize(x.weight, x.bits, generator, x.scale) for x in live]
-        else: done = quantize_all([x.weight for x in live], [x.bits for x in live], [x.scale for x in live])
-        finished = iter(done)
+        weights, bits, scales = [x.weight for x in self.live], [x.bits for x in self.live], [x.scale for x in self.live]
+        if generator is None: finished = iter(quantize_all(weights, bits, scales))
+        else: finished = iter([quantize(w, n, generator, S) for w, n, S in zip(weights, bits, scales, strict=True)])
         return [next(finished) if x.bits else _zeros(x) for x in self.layers]
 
 # %% ../nbs/06_bits.ipynb #4d424825
@@ -123,7 +123,6 @@ class SignedPlanes(Rule):
     "Signed bit planes in units of weights, SGD with momentum."
     def __init__(self, config: RunConfig, planes: Sequence[Planes], shown: Sequence[Tensor], generator: torch.Generator | None = None):
         super().__init__(config, planes, shown, generator)
-        self.live = [x for x in self.layers if x.bits]
         device, repeats = shown[0].device, torch.tensor([x.bits for x in self.live], dtype=torch.int64)
         self.owner = torch.repeat_interleave(repeats).to(device)  # the layer of each plane
         self.penalty = torch.tensor([x.penalty for x in self.live]).to(device)[self.owner]

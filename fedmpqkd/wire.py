@@ -345,7 +345,7 @@ class PlaneCodec(Codec):
         rows = unpack_planes(reader.take(count * -(-d // 8)), d, count)
         levels = np.zeros(d, np.uint8)
         for plane in rows[1:]:
-            levels += levels; levels |= plane  # NumPy adds 28 times as fast as it shifts
+            levels += levels; levels |= plane  # NumPy adds bytes much faster than it shifts them
         return Planes(*signed(levels, rows[0] if bits else levels, shape), scale, bits)
 
     def body_size(self, entry: Planes) -> int:
