@@ -158,7 +158,6 @@ def hold_out(
     index = np.sort(np.concatenate(kept))
     return parts.without(index), torch.from_numpy(index)
 
-@torch.inference_mode()
 def validate(
     run: 'Run',  # after aggregation
 ) -> float:  # percent
