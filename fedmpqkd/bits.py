@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 
 from .core import RunConfig
-from .quantize import Planes, nearest_levels, peaks, quantize, quantize_all, round_stochastic
+from .quantize import Planes, dequantize_all, nearest_levels, peaks, quantize, quantize_all, round_stochastic
 
 # %% ../nbs/06_bits.ipynb #73986510
 def to_planes(
     levels: Tensor,  # r, integers of any shape
     bits: int,  # N
+    sign: Tensor | None = None,  # int8, +1 or -1; for signed digits
 ) -> Tensor:  # fp32 zeros and ones [N, *shape], most significant plane first
     "The binary digits of magnitudes."
     shifts = torch.arange(bits - 1, -1, -1, device=levels.device, dtype=torch.uint8).view(-1, *[1] * levels.dim())
-    return (levels.to(torch.uint8)[None] >> shifts).bitwise_and_(1).float()
+    digits = (levels.to(torch.uint8)[None] >> shifts).bitwise_and_(1)
+    return (digits if sign is None else digits.view(torch.int8).mul_(sign)).float()
 
 # %% ../nbs/06_bits.ipynb #25cd44d7
 def plane_weights(
@@ -71,17 +73,17 @@ class Rule:
     def __init__(self, config: RunConfig, planes: Sequence[Planes], shown: Sequence[Tensor],
                  generator: torch.Generator | None = None):
         self.config, self.generator = config, generator
-        total = sum(w.numel() for w in shown)
-        self.layers = [self._layer(p, w, config.lambda_b * p.bits * w.numel() / total) for p, w in zip(planes, shown, strict=True)]
+        total, device = sum(w.numel() for w in shown), shown[0].device
+        scales = torch.tensor([p.scale for p in planes]).to(device).unbind()
+        values = [v.to(device).reshape(-1) for v in dequantize_all(planes)]
+        self.layers = [Layer(w, p.bits, S, v, config.lambda_b * p.bits * w.numel() / total)
+                       for p, w, S, v in zip(planes, shown, scales, values, strict=True)]
         self.live = [x for x in self.layers if x.bits]
-        for layer, p in zip(self.layers, planes, strict=True): self.start(layer, p)
+        self.weights = [x.weight for x in self.live]
+        self.start(planes)
         self.show()
 
-    def _layer(self, p: Planes, shown: Tensor, penalty: float) -> Layer:
-        value = p.dequantize().to(shown.device).reshape(-1)
-        return Layer(shown, p.bits, torch.tensor(p.scale, device=shown.device), value, penalty)
-
-    def start(self, layer: Layer, p: Planes) -> None: "Prepare a layer's own state."
+    def start(self, planes: Sequence[Planes]) -> None: "Prepare the layers' own state."
     def step(self, layer: Layer, g: Tensor) -> None: "Learn from g = dL/dW_q [d]."
     def shadows(self) -> list[Tensor]: "Weights that the ordinary optimiser trains for this rule."; return []
 
@@ -93,15 +95,15 @@ class Rule:
     def show(self) -> None:
         "Write the quantised weights into the student."
         live = self.live
-        if live: nearest_levels([x.weight for x in live], [x.scale for x in live], [x.bits for x in live], [x.shown for x in live])
+        if live: nearest_levels(self.weights, [x.scale for x in live], [x.bits for x in live], [x.shown for x in live])
         for layer in self.layers:
             if not layer.bits: layer.shown.copy_(layer.weight)
 
     def finish(self, generator: torch.Generator | None = None) -> list[Planes]:
         "Binarise: to nearest, or stochastically with a generator."
-        weights, bits, scales = [x.weight for x in self.live], [x.bits for x in self.live], [x.scale for x in self.live]
-        if generator is None: finished = iter(quantize_all(weights, bits, scales))
-        else: finished = iter([quantize(w, n, generator, S) for w, n, S in zip(weights, bits, scales, strict=True)])
+        bits, scales = [x.bits for x in self.live], [x.scale for x in self.live]
+        if generator is None: finished = iter(quantize_all(self.weights, bits, scales))
+        else: finished = iter([quantize(w, n, generator, S) for w, n, S in zip(self.weights, bits, scales, strict=True)])
         return [next(finished) if x.bits else _zeros(x) for x in self.layers]
 
 # %% ../nbs/06_bits.ipynb #4d424825
@@ -127,12 +129,14 @@ class SignedPlanes(Rule):
         self.owner = torch.repeat_interleave(repeats).to(device)  # the layer of each plane
         self.penalty = torch.tensor([x.penalty for x in self.live]).to(device)[self.owner]
 
-    def start(self, layer: Layer, p: Planes) -> None:
-        if not p.bits: return
-        planes = to_planes(p.levels.reshape(-1), p.bits).mul_(p.sign.reshape(-1).float().mul_(p.scale))
-        layer.state = dict(planes=planes.to(layer.shown.device), c=plane_weights(p.bits, layer.shown.device))
-        layer.state['speed'] = torch.zeros_like(layer.state['planes'])
-        layer.state['scale_speed'] = torch.zeros_like(layer.scale)
+    def start(self, planes: Sequence[Planes]) -> None:
+        "Planes in units of weights, their speeds, and what a unit of each is worth."
+        worth = {bits: plane_weights(bits, self.live[0].shown.device) for bits in {x.bits for x in self.live}}
+        gain = {bits: c / kappa(bits) for bits, c in worth.items()}
+        for layer, p in zip(self.layers, planes, strict=True):
+            if not p.bits: continue
+            digits = to_planes(p.levels.reshape(-1), p.bits, p.sign.reshape(-1)).mul_(p.scale).to(layer.shown.device)
+            layer.state = dict(planes=digits, speed=torch.zeros_like(digits), scale_speed=torch.zeros_like(layer.scale), c=worth[p.bits], gain=gain[p.bits])
 
     def receive(self, grads: Sequence[Tensor]) -> None:
         "One step of every layer."
@@ -152,7 +156,7 @@ class SignedPlanes(Rule):
     def step(self, layer: Layer, g: Tensor, pull: Tensor | None = None) -> None:
         "One step of one layer."
         c, planes, speed = layer.state['c'], layer.state['planes'], layer.state['speed']
-        gain = c / kappa(layer.bits) if self.config.bit_lr == 'precond' else c * layer.scale**2
+        gain = layer.state['gain'] if self.config.bit_lr == 'precond' else c * layer.scale**2
         if self.config.scale_update == 'sgd': scale_gradient = (g * layer.shown.reshape(-1)).sum() / layer.scale.clamp_min(1e-30)
         speed.addr_(gain, g, beta=self.config.momentum)
         if pull is not None: speed.addcmul_(planes, pull)
@@ -190,7 +194,8 @@ class Latent(Rule):
 # %% ../nbs/06_bits.ipynb #9be73001
 class IntegerSR(Rule):
     "Whole levels, moved with stochastic rounding; momentum is the only full-precision state."
-    def start(self, layer: Layer, p: Planes) -> None: layer.state['speed'] = torch.zeros_like(layer.value)
+    def start(self, planes: Sequence[Planes]) -> None:
+        for layer in self.layers: layer.state['speed'] = torch.zeros_like(layer.value)
 
     def step(self, layer: Layer, g: Tensor) -> None:
         top = 2**layer.bits - 1
@@ -218,10 +223,11 @@ def official_move(
 # %% ../nbs/06_bits.ipynb #5bba53f2
 class Official(Rule):
     "Unsigned planes, frozen signs, scale trained by SGD, made binary after every step."
-    def start(self, layer: Layer, p: Planes) -> None:
-        sign = p.sign.reshape(-1).float().to(layer.shown.device)
-        planes = to_planes(p.levels.reshape(-1), p.bits).to(layer.shown.device)
-        layer.state = dict(planes=planes, sign=sign, speed=torch.zeros_like(planes), scale_speed=torch.zeros_like(layer.scale))
+    def start(self, planes: Sequence[Planes]) -> None:
+        for layer, p in zip(self.layers, planes, strict=True):
+            sign = p.sign.reshape(-1).float().to(layer.shown.device)
+            digits = to_planes(p.levels.reshape(-1), p.bits).to(layer.shown.device)
+            layer.state = dict(planes=digits, sign=sign, speed=torch.zeros_like(digits), scale_speed=torch.zeros_like(layer.scale))
 
     def step(self, layer: Layer, g: Tensor) -> None:
         planes, sign, lr = layer.state['planes'], layer.state['sign'], self.config.lr
@@ -245,11 +251,9 @@ def moved_share(
 ) -> float:  # between 0 and 1
     "Share of the weights whose signed level changed, among layers that kept their bits."
     pairs = [(a, b) for a, b in zip(before, after, strict=True) if a.bits == b.bits and a.bits]
-    if not pairs: return 0.0
-    row = lambda tensors: torch.cat([t.reshape(-1) for t in tensors])
-    levels = row(a.levels for a, _ in pairs)
-    turned = (row(a.sign for a, _ in pairs) != row(b.sign for _, b in pairs)) & (levels > 0)
-    return int(((levels != row(b.levels for _, b in pairs)) | turned).count_nonzero()) / len(levels)
+    signs = ((a.sign != b.sign).logical_and_(a.levels) for a, b in pairs)  # the sign of a zero is nothing
+    moved = sum(int((a.levels != b.levels).logical_or_(turned).count_nonzero()) for (a, b), turned in zip(pairs, signs, strict=True))
+    return moved / max(1, sum(a.levels.numel() for a, _ in pairs))
 
 # %% ../nbs/06_bits.ipynb #495ba741
 def lasso_moved(

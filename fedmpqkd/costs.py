@@ -26,7 +26,7 @@ from .core import environment
 from .metrics import peak_memory_mib
 from .models import Folded, attention_macs, build_model, count_bops, count_parameters, fold_batchnorm, layer_macs, layout
 from .quantize import Planes
-from .wire import Message, forecast
+from .wire import Message, dense, forecast
 
 # %% ../nbs/13a_costs.ipynb #504098a7
 def entries_at(
@@ -111,9 +111,8 @@ def student_and_teacher(
     "The deployed quantised model and its full-precision teacher."
     model = build_model(name, classes)
     model.load_state_dict(state)
-    dense = {n: e if isinstance(e, Tensor) else e.dequantize() for n, e in entries_at(model, bits).items()}
     made = {}
-    for role, values in dict(student=dense, teacher=state).items():
+    for role, values in dict(student=dense(entries_at(model, bits)), teacher=state).items():
         model.load_state_dict(values)
         made[role] = fold_batchnorm(model.to(device))
     return made

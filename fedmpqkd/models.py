@@ -318,12 +318,11 @@ class _TinyDepthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (x, w), (g,), (sh, sw), (ph, pw) = ctx.saved_tensors, grads, ctx.stride, ctx.padding
-        height, width = g.shape[2:]
-        image, grad_w = F.pad(x, (pw, pw, ph, ph)), torch.empty_like(w)
-        for i in range(w.shape[2]):
-            for j in range(w.shape[3]):
-                shifted = image[:, :, i : i + sh * height : sh, j : j + sw * width : sw]
-                grad_w[:, 0, i, j] = (shifted * g).sum((0, 2, 3))
+        image, pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph)), g.permute(0, 2, 3, 1)  # [B, height, width, channels]
+        batch, down, right, channel = image.stride()
+        taps = image.as_strided((*w.shape[2:], *pixels.shape), (down, right, batch, sh * down, sw * right, channel))
+        rows = torch.stack([(row * pixels).flatten(1, 3).sum(1) for row in taps])  # [kernel height, kernel width, channels]
+        grad_w = rows.permute(2, 0, 1)[:, None].contiguous()
         wanted = [ctx.needs_input_grad[0], False, False]
         grad_x = torch.ops.aten.convolution_backward(g, x, w, None, ctx.stride, ctx.padding, [1, 1], False, [0, 0], len(w), wanted)[0]
         return grad_x, grad_w, None, None

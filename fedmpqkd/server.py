@@ -20,7 +20,7 @@ from .models import Layout
 from .quantize import Planes
 from .teacher import ASSIGNMENT, alpha_at, refreshed
 from .updates import Compressor, UpdateCode, starting_codebooks, update_codebooks
-from .wire import Message, WireError, address, decode, encode
+from .wire import Message, WireError, address, decode, dense, encode
 
 # %% ../nbs/10_server.ipynb #f28a37d0
 def variance_pairs(
@@ -140,7 +140,7 @@ def answered(
 ) -> dict[str, Tensor]:  # dense
     "The client's model: what came, or what was sent plus the update that came."
     c = server.config
-    if c.uplink == 'model': return {n: e if isinstance(e, Tensor) else e.dequantize() for n, e in entries.items()}
+    if c.uplink == 'model': return dense(entries)
     coded = {n: entries[n] for n in server.layout.quantized}
     moved = Compressor(UpdateCode.of(c)).expand(coded, server.codebooks)
     return {n: server.state[n] + moved[n] if n in moved else t for n, t in entries.items()}
@@ -185,5 +185,4 @@ def deployed(
     budget: float,  # average bits a weight
 ) -> dict[str, Tensor]:  # fp32 values on the quantised grid
     "The model that a device with this budget would run."
-    entries = downlink_entries(server.state, server.layout, server.assignment(budget))
-    return {n: e if isinstance(e, Tensor) else e.dequantize() for n, e in entries.items()}
+    return dense(downlink_entries(server.state, server.layout, server.assignment(budget)))

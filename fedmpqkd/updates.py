@@ -23,8 +23,8 @@ from torch import Tensor
 from .core import RunConfig, rng
 from .quantize import qsgd
 from fedmpqkd.wire import (
-    Codec, Entry, Qsgd, Quantised, Reader, WireError, finite, flat, pack_fields, pack_float, register, unpack_fields,
-    within,
+    Codec, Entry, Qsgd, Quantised, Reader, WireError, dense, finite, flat, pack_fields, pack_float, register,
+    unpack_fields, within,
 )  # fmt: skip
 
 # %% ../nbs/08a_updates.ipynb #099c2b41
@@ -522,4 +522,4 @@ class Compressor:
         "Dense updates of a client."
         check_entries(self.code, entries, codebooks or [])
         ready = attach(entries, codebooks or [])
-        return {n: e if isinstance(e, Tensor) else e.dequantize() for n, e in ready.items()}
+        return dense(ready)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Entry', 'CODECS', 'VERSION', 'HEADER', 'FIXED', 'WireError', 'pack_planes', 'unpack_planes', 'pack_fields',
-           'unpack_fields', 'Quantised', 'shape_of', 'Affine', 'Qsgd', 'flat', 'finite', 'pack_float', 'within',
-           'Reader', 'Codec', 'register', 'codec_for', 'Raw', 'magnitudes', 'signed', 'PlaneCodec', 'AffineCodec',
-           'buckets', 'QsgdCodec', 'begin', 'verify', 'pack_manifest', 'unpack_manifest', 'Manifest', 'Message',
-           'pack_entry', 'encode', 'unpack_entry', 'decode', 'address', 'sizes', 'forecast', 'both', 'Meter']
+           'unpack_fields', 'Quantised', 'shape_of', 'dense', 'Affine', 'Qsgd', 'flat', 'finite', 'pack_float',
+           'within', 'Reader', 'Codec', 'register', 'codec_for', 'Raw', 'magnitudes', 'signed', 'PlaneCodec',
+           'AffineCodec', 'buckets', 'QsgdCodec', 'begin', 'verify', 'pack_manifest', 'unpack_manifest', 'Manifest',
+           'Message', 'pack_entry', 'encode', 'unpack_entry', 'decode', 'address', 'sizes', 'forecast', 'both', 'Meter']
 
 # %% ../nbs/08_wire.ipynb #320dc769
 import hashlib
@@ -15,7 +15,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from math import prod
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .quantize import Planes
+from .quantize import Planes, dequantize_all
 
 # %% ../nbs/08_wire.ipynb #6511614c
 class WireError(ValueError):
@@ -99,6 +99,14 @@ def shape_of(
     "Shape of an entry."
     return tuple(entry.levels.shape if isinstance(entry, Planes) else entry.shape)
 
+def dense(
+    entries: Mapping[str, Entry],  # by name
+) -> dict[str, Tensor]:  # plain tensors as they are
+    "Every entry as a tensor, quantised ones by value."
+    planes = {name: entry for name, entry in entries.items() if isinstance(entry, Planes)}
+    values = dict(zip(planes, dequantize_all(list(planes.values())), strict=True))
+    return {n: e if isinstance(e, Tensor) else values[n] if n in values else e.dequantize() for n, e in entries.items()}
+
 # %% ../nbs/08_wire.ipynb #0c551b0e
 @dataclass(eq=False)
 class Affine(Quantised):
@@ -138,7 +146,7 @@ def flat(
     "The entries of a tensor as a row in memory."
     if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
         raise WireError(f'expected a tensor of {dtype}, got {getattr(tensor, "dtype", type(tensor).__name__)}')
-    return tensor.detach().cpu().contiguous().reshape(-1).numpy()
+    return np.ascontiguousarray(tensor.numpy(force=True)).reshape(-1)
 
 # %% ../nbs/08_wire.ipynb #37025787
 def finite(
@@ -226,7 +234,7 @@ class Codec:
         "The precision that goes into the header."
         return entry.bits
 
-    def pack(self, entry: Any) -> bytes:
+    def pack(self, entry: Any) -> bytes | memoryview:
         "The body."
         raise NotImplementedError
 
@@ -277,15 +285,15 @@ class Raw(Codec):
     def bits(self, entry: Tensor) -> int:
         return 8 * self.wire.itemsize
 
-    def pack(self, entry: Tensor) -> bytes:
+    def pack(self, entry: Tensor) -> memoryview:
         values = flat(entry, self.dtype)
-        return (finite(values) if self.wire.kind == 'f' else values).astype(self.wire, copy=False).tobytes()
+        return (finite(values) if self.wire.kind == 'f' else values).astype(self.wire, copy=False).view(np.uint8).data
 
     def unpack(self, reader: Reader, shape: tuple[int, ...], bits: int) -> Tensor:
         within('bits', bits, 8 * self.wire.itemsize, 8 * self.wire.itemsize)
         values = np.frombuffer(reader.take(prod(shape) * self.wire.itemsize), self.wire)
-        values = values.astype(self.wire.newbyteorder('='))
-        return torch.from_numpy(finite(values) if self.wire.kind == 'f' else values).reshape(shape)
+        values = finite(values) if self.wire.kind == 'f' else values.copy()
+        return torch.from_numpy(values.astype(self.wire.newbyteorder('='), copy=False).reshape(shape))
 
     def body_size(self, entry: Tensor) -> int:
         return prod(shape_of(entry)) * self.wire.itemsize
@@ -535,7 +543,7 @@ class Message:
 
     def dense(self) -> dict[str, Tensor]:
         "Every entry as a tensor, quantised ones by value."
-        return {name: e if isinstance(e, Tensor) else e.dequantize() for name, e in self.entries.items()}
+        return dense(self.entries)
 
 # %% ../nbs/08_wire.ipynb #10963183
 HEADER = '<4sHHBIIIHQ'  # its layout
@@ -547,7 +555,7 @@ def pack_entry(
     entry: Entry,  # its value
     manifest: Manifest,  # number and shape
     dims: bool,  # write the shape too
-) -> tuple[bytes, int]:  # the bytes, and how many of them are payload
+) -> tuple[bytes, bytes | memoryview, int]:  # head, body, and how many of their bytes are payload
     "One tensor of a message."
     number = manifest.index(name)
     shape = manifest.shapes[number]
@@ -561,7 +569,7 @@ def pack_entry(
         raise WireError(f'{name}: {error}') from None
     head = struct.pack('<HBB', number, codec.code, len(shape)) + struct.pack(f'<{len(shape)}I', *shape) * dims
     payload = len(body) - codec.overhead + 2 * codec.quantised
-    return head + struct.pack('<Bb', codec.bits(entry), delta) + body, payload
+    return head + struct.pack('<Bb', codec.bits(entry), delta), body, payload
 
 # %% ../nbs/08_wire.ipynb #187b28a3
 def encode(
@@ -577,10 +585,11 @@ def encode(
     flags = (manifest.hash & 0xFFF) << 4 | (not dims)
     header = struct.pack(
         HEADER, b'FMPQ', VERSION, flags, message.method, message.round, message.client, message.samples,
-        len(packed), sum(payload for _, payload in packed),
+        len(packed), sum(payload for *_, payload in packed),
     )  # fmt: skip
-    data = header + b''.join(body for body, _ in packed)
-    return data + struct.pack('<I', zlib.crc32(data, manifest.hash & 0xFFFFFFFF))
+    parts = [header, *(part for head, body, _ in packed for part in (head, body))]
+    checksum = reduce(lambda crc, part: zlib.crc32(part, crc), parts, manifest.hash & 0xFFFFFFFF)
+    return b''.join([*parts, struct.pack('<I', checksum)])  # the tensors are copied once
 
 # %% ../nbs/08_wire.ipynb #8245d752
 def unpack_entry(

@@ -51,6 +51,8 @@ def test_planes_are_binary_digits(seed, bits):
     r = np.random.default_rng(seed).integers(0, 2**bits, (3, 5)).astype(np.uint8)
     digits = np.unpackbits(r[..., None], axis=-1)[..., 8 - bits:]  # NumPy's, most significant first
     assert np.array_equal(to_planes(torch.from_numpy(r), bits).numpy(), np.moveaxis(digits, -1, 0))
+    sign = np.where(r % 3 == 0, -1, 1).astype(np.int8)
+    assert np.array_equal(to_planes(torch.from_numpy(r), bits, torch.from_numpy(sign)).numpy(), np.moveaxis(digits, -1, 0).astype(np.float32) * sign)
 
 
 @pytest.mark.parametrize('bits', range(1, 9))

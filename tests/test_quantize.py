@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmpqkd.quantize import (
-    QuantAct, check_bits, choose_qparams_affine, dequantize_affine, fake_quantize, nearest_level,
-    nearest_levels, peaks, quantize, quantize_activation, quantize_affine, quantize_all, round_stochastic,
+    Planes, QuantAct, check_bits, choose_qparams_affine, dequantize_affine, dequantize_all, fake_quantize, nearest_level, nearest_levels, peaks,
+    quantize, quantize_activation, quantize_affine, quantize_all, round_stochastic,
 )
 
 torch.set_num_threads(1)
@@ -226,4 +226,12 @@ def test_many_tensors_at_once_are_each_tensor_alone(shapes, seed, own_scale):
         top = 2**n - 1
         step = S.clamp_min(torch.finfo(torch.float32).tiny) / top
         assert torch.equal(shown, (w / step).round().clamp(-top, top) * step)
-    assert quantize_all([], []) == []
+    for value, q in zip(dequantize_all(alone), alone, strict=True): assert torch.equal(value, q.dequantize())
+    assert quantize_all([], []) == dequantize_all([]) == []
+
+
+def test_a_layer_without_bits_has_the_value_zero():
+    gone = Planes(torch.zeros(2, 3, dtype=torch.uint8), torch.ones(2, 3, dtype=torch.int8), 7.0, 0)
+    kept = quantize(torch.tensor([1.0, -0.5]), 2)
+    for value, q in zip(dequantize_all([gone, kept]), (gone, kept), strict=True): assert torch.equal(value, q.dequantize())
+    assert not dequantize_all([gone])[0].any()
