@@ -123,19 +123,16 @@ def _train_scale(layer: Layer, gradient: Tensor, config: RunConfig) -> None:
 # %% ../nbs/06_bits.ipynb #7bcbe624
 class SignedPlanes(Rule):
     "Signed bit planes in units of weights, SGD with momentum."
-    def __init__(self, config: RunConfig, planes: Sequence[Planes], shown: Sequence[Tensor], generator: torch.Generator | None = None):
-        super().__init__(config, planes, shown, generator)
-        device, repeats = shown[0].device, torch.tensor([x.bits for x in self.live], dtype=torch.int64)
-        self.owner = torch.repeat_interleave(repeats).to(device)  # the layer of each plane
-        self.penalty = torch.tensor([x.penalty for x in self.live]).to(device)[self.owner]
-
     def start(self, planes: Sequence[Planes]) -> None:
         "Planes in units of weights, their speeds, and what a unit of each is worth."
-        worth = {bits: plane_weights(bits, self.live[0].shown.device) for bits in {x.bits for x in self.live}}
+        device, repeats = self.layers[0].shown.device, torch.tensor([x.bits for x in self.live], dtype=torch.int64)
+        self.owner = torch.repeat_interleave(repeats).to(device)  # the layer of each plane
+        self.penalty = torch.tensor([x.penalty for x in self.live]).to(device)[self.owner]
+        worth = {bits: plane_weights(bits, device) for bits in {x.bits for x in self.live}}
         gain = {bits: c / kappa(bits) for bits, c in worth.items()}
         for layer, p in zip(self.layers, planes, strict=True):
             if not p.bits: continue
-            digits = to_planes(p.levels.reshape(-1), p.bits, p.sign.reshape(-1)).mul_(p.scale).to(layer.shown.device)
+            digits = to_planes(p.levels.reshape(-1), p.bits, p.sign.reshape(-1)).mul_(p.scale).to(device)
             layer.state = dict(planes=digits, speed=torch.zeros_like(digits), scale_speed=torch.zeros_like(layer.scale), c=worth[p.bits], gain=gain[p.bits])
 
     def receive(self, grads: Sequence[Tensor]) -> None:
