@@ -24,7 +24,7 @@ def to_planes(
     levels: Tensor,  # r, integers of any shape
     bits: int,  # N
     sign: Tensor | None = None,  # int8, +1 or -1; for signed digits
-) -> Tensor:  # fp32 zeros and ones [N, *shape], most significant plane first
+) -> Tensor:  # fp32 zeros and ones, times the sign [N, *shape], most significant plane first
     "The binary digits of magnitudes."
     shifts = torch.arange(bits - 1, -1, -1, device=levels.device, dtype=torch.uint8).view(-1, *[1] * levels.dim())
     digits = (levels.to(torch.uint8)[None] >> shifts).bitwise_and_(1)
@@ -248,9 +248,8 @@ def moved_share(
 ) -> float:  # between 0 and 1
     "Share of the weights whose signed level changed, among layers that kept their bits."
     pairs = [(a, b) for a, b in zip(before, after, strict=True) if a.bits == b.bits and a.bits]
-    signs = ((a.sign != b.sign).logical_and_(a.levels) for a, b in pairs)  # the sign of a zero is nothing
-    moved = sum(int((a.levels != b.levels).logical_or_(turned).count_nonzero()) for (a, b), turned in zip(pairs, signs, strict=True))
-    return moved / max(1, sum(a.levels.numel() for a, _ in pairs))
+    changed = lambda a, b: (a.levels != b.levels) | (a.sign != b.sign).logical_and(a.levels)  # the sign of a zero is nothing
+    return sum(int(changed(a, b).count_nonzero()) for a, b in pairs) / max(1, sum(a.levels.numel() for a, _ in pairs))
 
 # %% ../nbs/06_bits.ipynb #495ba741
 def lasso_moved(
