@@ -2,8 +2,8 @@
 import dataclasses
 import functools
 
-from fedmpqkd.data import load_dataset
-from fedmpqkd.wire import Meter
+from fedmpqkd.data.images import load_dataset
+from fedmpqkd.wire.format import Meter
 
 
 @functools.cache

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / 'fedmpqkd'
-MODULES = ('core', 'data', 'partition', 'models', 'quantize', 'bits', 'distill', 'wire', 'client', 'server', 'methods',
-           'federation', 'metrics')
+MODULES = ('core.config', 'core.journal', 'data.images', 'data.partition', 'models.vision', 'quant.quantize', 'quant.bits',
+           'learn.distill', 'learn.client', 'wire.format', 'wire.messages', 'federation.server', 'federation.methods',
+           'federation.run', 'evaluate.metrics')
 FORBIDDEN = ('fastcore', 'papermill', 'IPython', 'matplotlib', 'sklearn', 'nbdev', 'ipywidgets', 'ipykernel')
 PROGRAM = f'''
 import sys
@@ -29,9 +30,9 @@ for name in {MODULES!r}: importlib.import_module('fedmpqkd.' + name)
 import json
 import torch
 torch.set_num_threads(1)
-from fedmpqkd.data import from_tensors
-from fedmpqkd.federation import Progress, run
-from fedmpqkd.methods import make_config
+from fedmpqkd.data.images import from_tensors
+from fedmpqkd.federation.run import Progress, run
+from fedmpqkd.federation.methods import make_config
 
 g = torch.Generator().manual_seed(0)
 x, y = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(40) % 4

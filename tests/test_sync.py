@@ -15,12 +15,13 @@ sys.path.insert(0, str(ROOT / "nbs" / "_site"))
 import readme  # noqa: E402
 import refresh  # noqa: E402
 
-NOTEBOOKS = sorted(ROOT.glob("nbs/[!_.]*.ipynb"))
+NOTEBOOKS = readme.pages()
 COMPONENTS = [p for p in NOTEBOOKS if p.stem[0].isdigit()]
 EXPERIMENTS = [p for p in NOTEBOOKS if p.stem.startswith("exp")]
-MODULES = sorted(ROOT.glob("fedmpqkd/*.py"))
-BARE = "core data partition models quantize bits distill wire client server methods federation".split()
-ON_A_BARE_MACHINE = {"numpy", "torch", "torchvision", "timm", "pandas", "pyarrow", "PIL"}
+MODULES = sorted(ROOT.glob("fedmpqkd/**/*.py"))
+BARE = sorted(p for wing in ("core", "quant", "data", "models", "wire", "learn", "evaluate", "federation", "study")
+              for p in (ROOT / "fedmpqkd" / wing).glob("*.py"))
+ON_A_BARE_MACHINE = {"fedmpqkd", "numpy", "torch", "torchvision", "timm", "pandas", "pyarrow", "PIL"}
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
@@ -43,26 +44,33 @@ def modules_of_notebooks() -> set[str]:
 
 def test_package_is_exported(copy: Path):
     subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True)
-    names = [p.name for p in (copy / "fedmpqkd").glob("*.py")]
+    names = [str(p.relative_to(copy / "fedmpqkd")) for p in (copy / "fedmpqkd").rglob("*.py")]
+    assert set(names) == {str(p.relative_to(ROOT / "fedmpqkd")) for p in MODULES}
     _, differ, missing = filecmp.cmpfiles(ROOT / "fedmpqkd", copy / "fedmpqkd", names, shallow=False)
     assert not differ + missing, "run nbdev_export"
 
 
 def test_notebooks_are_clean(copy: Path):
     subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True)
-    stale = [p.name for p in NOTEBOOKS if p.read_bytes() != (copy / "nbs" / p.name).read_bytes()]
+    stale = [p.name for p in NOTEBOOKS if p.read_bytes() != (copy / p.relative_to(ROOT)).read_bytes()]
     assert not stale, "run nbdev_clean"
 
 
 def test_every_module_has_a_notebook():
     written_by_hand = {"__init__", "_modidx"}
-    assert {p.stem for p in MODULES} - written_by_hand == modules_of_notebooks()
+    found = {".".join(p.relative_to(ROOT / "fedmpqkd").with_suffix("").parts) for p in MODULES if p.stem not in written_by_hand}
+    assert found == modules_of_notebooks()
+
+def test_every_page_is_seen():
+    "In every wing; a tool that looks at one level only would see a handful."
+    assert len(NOTEBOOKS) == sum("_site" not in p.parts for p in (ROOT / "nbs").rglob("[!_.]*.ipynb")) >= 50
+    assert refresh.component_pages() == COMPONENTS
 
 
-@pytest.mark.parametrize("name", BARE)
-def test_core_modules_import_on_a_bare_machine(name: str):
+@pytest.mark.parametrize("path", BARE, ids=lambda p: f"{p.parent.name}.{p.stem}")
+def test_core_modules_import_on_a_bare_machine(path: Path):
     "At their top these modules import what a training machine has, and nothing for drawing or for notebooks."
-    tree = ast.parse((ROOT / "fedmpqkd" / f"{name}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     found = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
     found |= {n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom) and n.level == 0}  # not our own modules
     assert {f.split(".")[0] for f in found} - set(sys.stdlib_module_names) <= ON_A_BARE_MACHINE
@@ -124,7 +132,7 @@ def test_readme_shows_what_a_reader_needs(tmp_path: Path):
     nb = new.new_notebook()
     nb.cells = [
         new.new_code_cell("#| hide\nimport secret"),
-        new.new_markdown_cell("# Title\n\n[page](05_quantize.ipynb) [file](../LICENSE) [web](https://example.org) [here](#x)"),
+        new.new_markdown_cell("# Title\n\n[page](quant/05_quantize.ipynb) [file](../LICENSE) [web](https://example.org) [here](#x)"),
         new.new_code_cell("#| eval: false\nf[0](y)", outputs=[new.new_output("display_data", data=shown)]),
         new.new_code_cell("#| echo: false\ntable()", outputs=[new.new_output("display_data", data={"text/markdown": "|a|"})]),
         new.new_code_cell("go()", outputs=[new.new_output("stream", name="stderr", text="a warning")]),
@@ -134,7 +142,7 @@ def test_readme_shows_what_a_reader_needs(tmp_path: Path):
     assert readme.main(["--check"], index, target) == 1
     assert readme.main([], index, target) == 0 and readme.main(["--check"], index, target) == 0
     assert target.read_text() == readme.NOTE + (
-        "# Title\n\n[page](nbs/05_quantize.ipynb) [file](LICENSE) [web](https://example.org) [here](#x)\n\n"
+        "# Title\n\n[page](nbs/quant/05_quantize.ipynb) [file](LICENSE) [web](https://example.org) [here](#x)\n\n"
         "```python\nf[0](y)\n```\n\n    plain\n\n|a|\n\n```python\ngo()\n```\n")
 
 

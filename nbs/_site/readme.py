@@ -22,8 +22,14 @@ LINK = re.compile(r"(\]\()(?![a-z]+:|[#/])([^)\s]+)")
 NOTE = "<!-- Written from nbs/index.ipynb by nbs/_site/readme.py: edit the notebook. -->\n\n"
 
 
+def pages() -> list[Path]:
+    "Every notebook of the project, in all wings, sorted by its page number."
+    found = [p for p in (ROOT / "nbs").rglob("[!_.]*.ipynb") if not any(part[0] in "._" for part in p.relative_to(ROOT).parts)]
+    return sorted(found, key=lambda p: p.name)
+
+
 def from_root(text: str) -> str:
-    "Relative links of a page in nbs/, as seen from the root: `05_quantize.ipynb` and `../LICENSE`."
+    "Relative links of a page in nbs/, as seen from the root: `quant/05_quantize.ipynb` and `../LICENSE`."
     def move(link: re.Match) -> str:
         target = link[2]
         return link[1] + (target[3:] if target.startswith("../") else f"nbs/{target}")

@@ -1,7 +1,7 @@
 """Run the component notebooks in place and keep what they show.
 
-    python nbs/_site/refresh.py                         # every page whose name begins with a digit
-    python nbs/_site/refresh.py nbs/05_quantize.ipynb   # these pages
+    python nbs/_site/refresh.py                               # every page whose name begins with a digit
+    python nbs/_site/refresh.py nbs/quant/05_quantize.ipynb   # these pages
 
 Widgets are dropped from what is kept: their ids change at every run, and without a running kernel they show nothing.
 A second run of the same pages changes no byte.
@@ -16,9 +16,15 @@ os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
 
 import nbformat
 from nbclient import NotebookClient
+from readme import pages
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def component_pages() -> list[Path]:
+    "The pages whose name begins with a digit, in all wings."
+    return [p for p in pages() if p.name[0].isdigit()]
 
 
 def without_widgets(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -42,7 +48,7 @@ def refresh(path: Path) -> None:
 def main(names: list[str]) -> int:
     "Refresh the named pages, or all; say which failed."
     failed = []
-    for path in [Path(n).resolve() for n in names] or sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
+    for path in [Path(n).resolve() for n in names] or component_pages():
         try: refresh(path)
         except Exception as e:
             failed.append(path.name)
