@@ -206,7 +206,7 @@ def compute(
 ) -> dict[str, Any]:  # the record
     "Play a run, or the rest of it."
     folder = journal.folder / 'clients' if journal else None
-    start = starting_point(config, data, device, workers)
+    start = None if config.warm_start == 'none' else starting_point(config, data, device, workers)
     federation = open_run(config, data, device, workers, folder, start)
     curve = resume(federation, journal) if journal else []
     if progress: progress.resume(len(curve))

@@ -80,7 +80,8 @@ class VisionTask(Task):
 
     def batch(self, index: Tensor, *view: Tensor) -> tuple[Tensor, Tensor]:
         "Augmented, normalised images [B, 3, 32, 32] in channels_last memory, and their labels [B]."
-        x = crop_flip(self.padded, index, *view)
+        dy, dx, flipped = view
+        x = crop_flip(self.padded, index, dy, dx, flipped)
         return normalize(x, self.data.mean, self.data.std), self.labels[index.to(self.labels.device)]
 
     def plain(self, index: Tensor) -> tuple[Tensor, Tensor]:
