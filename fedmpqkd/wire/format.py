@@ -141,7 +141,7 @@ class Qsgd(Quantised):
     def dequantize(self) -> Tensor:
         "The fp32 value of each entry."
         d = self.levels.numel()
-        norms = self.norms.repeat_interleave(min(self.bucket or d, d))[:d]  # [d]; the last bucket may be short
+        norms = self.norms.repeat_interleave(min(self.bucket or d, d))[:d]  # [d], a short last bucket
         top: int = 2 ** (self.bits - 1) - 1
         return self.levels.float() / top * self.sign * norms.reshape(self.shape)
 
@@ -191,7 +191,7 @@ def within(
 class Reader:
     "A cursor over bytes that refuses to read past the end."
 
-    def __init__(self, data: bytes | memoryview):
+    def __init__(self, data: bytes | memoryview):  # a message or a part of it
         self.data, self.at = memoryview(data), 0
 
     def take(self, count: int) -> memoryview:
