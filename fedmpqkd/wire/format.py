@@ -466,7 +466,7 @@ def verify(
 def pack_manifest(
     names: tuple[str, ...],  # in order
     shapes: tuple[tuple[int, ...], ...],  # one per name
-) -> bytes:  # the manifest as it crosses
+) -> bytes:  # the manifest as it is sent
     "Names and shapes in their one canonical form."
     rows = [struct.pack('<4sHH', b'FMPM', VERSION, within('number of tensors', len(names), 0, 2**16 - 1))]
     for name, shape in zip(names, shapes, strict=True):
@@ -531,7 +531,7 @@ class Manifest:  # long: a value, its checks and its bytes belong together
         return self._numbers[name]
 
     def encode(self) -> bytes:
-        "The manifest as it crosses."
+        "The manifest as it is sent."
         return pack_manifest(self.names, self.shapes)
 
     @classmethod
@@ -588,7 +588,7 @@ def encode(
     message: Message,  # what is sent
     manifest: Manifest,  # what both sides know
     dims: bool = False,  # repeat the shapes in the message
-) -> bytes:  # what crosses
+) -> bytes:  # what is sent
     "Write a message."
     for what, bound in dict(method=2**8, round=2**32, client=2**32, samples=2**32).items():
         within(what, getattr(message, what), 0, bound - 1)
@@ -634,7 +634,7 @@ def unpack_entry(
 
 # %% ../../nbs/wire/08_format.ipynb #c6c87550
 def decode(
-    data: bytes,  # what crossed
+    data: bytes,  # what was sent
     manifest: Manifest,  # what both sides know
 ) -> Message:  # tensors on the CPU, in the manifest's order
     "Read a message, exactly as it was written, or refuse it."

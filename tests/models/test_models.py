@@ -228,7 +228,7 @@ def test_activations_can_be_exchanged_but_the_first():
     assert len({id(m) for m in acts}) == 18  # a learned range belongs to one place
 
 
-def test_errors_at_the_door(monkeypatch):
+def test_what_is_refused(monkeypatch):
     # other tests register networks of their own
     monkeypatch.setattr(M, '_MODELS', {name: M._MODELS[name] for name in ALL})
     with pytest.raises(ValueError, match="unknown model 'vgg'; choose from mobilenetv2"):

@@ -589,7 +589,7 @@ def test_residuals_of_another_shape():
     with pytest.raises(ValueError, match='residual of shape'): compensate(torch.zeros(2, 3), torch.zeros(3))
 
 
-# the front door ---------------------------------------------------------------------------------------------
+# all kinds together -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('kind, codebook', KINDS)

@@ -100,7 +100,7 @@ def test_a_message_for_another_client_is_the_one_that_would_have_been_written(sm
     assert decode(data, manifest).client == 3  # the original is whole
 
 
-def test_nobody_lives_at_an_impossible_address(small):
+def test_impossible_addresses_are_refused(small):
     for client in (-1, 2**32):
         with pytest.raises(WireError, match='client'): address(small[2], client, small[1])
 
@@ -366,7 +366,7 @@ def test_repeated_and_unordered_tensors_are_refused():
 
 
 def test_a_giant_bucket_costs_no_memory():
-    "A bucket may exceed the tensor, whatever a stranger writes there: one norm, no expansion to bucket size."
+    "A bucket may exceed the tensor, whatever is written there: one norm, no expansion to its size."
     levels, sign = torch.tensor([1, 3], dtype=torch.uint8), torch.tensor([1, -1], dtype=torch.int8)
     entry = Qsgd(levels, sign, torch.tensor([6.]), 3, 2**32 - 1)
     manifest = Manifest(('w',), ((2,),))
@@ -567,7 +567,7 @@ def test_the_meter_is_the_sum_of_lengths():
 
 
 def test_a_large_model_is_quick():
-    "2,351,972 weights at 4 bits: the plan is 60 ms, the law one second, there and back each."
+    "2,351,972 weights at 4 bits: planned in 60 ms, at most one second, for encoding and decoding each."
     d = 2_351_972
     rng = np.random.default_rng(0)
     levels = random_levels(rng, (d,), 15)
