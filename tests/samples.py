@@ -8,7 +8,7 @@ from sklearn.datasets import load_sample_images
 from fedmpqkd.data.images import Dataset, from_tensors, normalize
 from fedmpqkd.federation.methods import make_config
 from fedmpqkd.federation.pool import WorkerPool
-from fedmpqkd.learn.vision import Resident
+from fedmpqkd.learn.vision import VisionTask
 from fedmpqkd.models.vision import register_model
 from fedmpqkd.quant.quantize import fake_quantize
 
@@ -43,7 +43,7 @@ def pool_of(data: Dataset, workers: int, act_bits: int = 32, seed: int = 0) -> W
     "Workers with the small network."
     register_model('small', small)
     config = make_config('fedmpq', model='small', act_bits=act_bits, seed=seed)
-    return WorkerPool(config, Resident.of(data), workers=workers)
+    return WorkerPool(config, VisionTask(data), workers=workers)
 
 
 def states_of(pool: WorkerPool, data: Dataset) -> dict[str, dict[str, torch.Tensor]]:

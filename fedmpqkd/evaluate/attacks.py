@@ -8,7 +8,7 @@ __all__ = ['Predict', 'EPSILONS', 'TRANSFER', 'to_input', 'input_gradient', 'fgs
 
 # %% ../../nbs/evaluate/14_attacks.ipynb #a501932c
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,6 @@ from torch import Tensor
 from ..core.config import RunConfig
 from ..core.streams import torch_rng
 from ..data.images import Dataset
-from ..learn.replica import Replica
-from ..learn.vision import Resident
 
 # %% ../../nbs/evaluate/14_attacks.ipynb #39d9ffc8
 Predict = Callable[[Tensor], Tensor]  # normalised images [B, 3, H, W] -> logits [B, classes]
@@ -97,11 +95,11 @@ def pgd(
 class Pool(Protocol):
     "What an attack needs of a pool of workers (`federation.pool.WorkerPool`)."
     config: RunConfig
-    data: Resident
     device: torch.device
+    task: Any  # classifying images: `learn.vision.VisionTask`
 
     @property
-    def replica(self) -> Replica: ...
+    def replica(self) -> Any: ...  # of the calling worker: `learn.replica.Replica`
 
 
 def live(
@@ -143,7 +141,7 @@ def attack(
     batch: int = 0,  # number of this batch, names the stream
 ) -> dict[str, dict[str, int]]:  # model -> attack -> images still classified correctly
     "All attacks on one batch of images."
-    data, found = pool.data.data, {}
+    data, found = pool.task.data, {}
     transferred: Tensor | None = None
 
     for name, state in states.items():

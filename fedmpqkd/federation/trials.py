@@ -17,6 +17,7 @@ from torch import Tensor
 from ..evaluate.attacks import attack, count_right, live
 from ..evaluate.corruptions import MAIN, chosen_images, corrupted_images, set_name, usable
 from .pool import WorkerPool
+from ..learn.vision import as_vision
 
 # %% ../../nbs/federation/14b_trials.ipynb #e37a9e3d
 def summarize_corruptions(
@@ -51,7 +52,7 @@ def attack_all(
     batch: int = 125,  # images at a time
 ) -> dict[str, dict[str, float]]:  # model -> attack -> accuracy in percent
     "Accuracies under attack; the workers share the batches."
-    data = pool.data.data
+    data = as_vision(pool.task, 'stress').data
 
     def part(item: tuple[int, Tensor]) -> dict[str, dict[str, int]]:
         x, y = (t[item[1].to(pool.device)] for t in (data.test_x, data.test_y))  # [B, 3, 32, 32] and [B]
@@ -70,10 +71,10 @@ def accuracy_on(
     batch: int = 125,  # images at a time
 ) -> dict[str, float]:  # percent
     "Accuracy of each model on given images."
-    right = {}
+    right, data = {}, as_vision(pool.task, 'stress').data
     for name, state in states.items():
         predict = live(pool, state)
-        right[name] = sum(count_right(predict, a.float() / 255, b, pool.data.data)
+        right[name] = sum(count_right(predict, a.float() / 255, b, data)
                           for a, b in zip(x.split(batch), y.split(batch), strict=True))
     return {name: 100 * n / len(y) for name, n in right.items()}
 
@@ -87,7 +88,7 @@ def corrupt_all(
     cache: bool,  # keep the images in the cache folder
 ) -> dict[str, dict[str, dict[str, float]]]:  # model -> corruption -> severity -> accuracy in percent
     "Accuracies under corruption; the workers share the cases."
-    data, tables = pool.data.data, {name: dict[str, dict[str, float]]() for name in states}
+    data, tables = as_vision(pool.task, 'stress').data, {name: dict[str, dict[str, float]]() for name in states}
     y = data.test_y[chosen_images(data, images).to(pool.device)]  # [n]
 
     def part(case: tuple[str, int]) -> dict[str, float]:
@@ -122,7 +123,7 @@ def stress_test(
     "Accuracy of finished models under attack and corruption, in percent."
     if what not in ('attacks', 'corruptions', 'all'):
         raise ValueError(f"what={what!r}: must be 'attacks', 'corruptions' or 'all'")
-    data, names = pool.data.data, usable(corruptions)
+    data, names = as_vision(pool.task, 'stress').data, usable(corruptions)
 
     diverged = [n for n, s in states.items() if not all(torch.isfinite(t).all() for t in s.values())]
     states, index = {n: s for n, s in states.items() if n not in diverged}, chosen_images(data, images)
