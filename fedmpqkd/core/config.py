@@ -162,7 +162,7 @@ class DistillationConfig:
                            one_of('none', 'agree', 'entropy', 'teacher-accuracy'))
     teacher_refresh: int = setting(1, 'rounds that a teacher lasts; 0 is one local epoch', COUNT)
     teacher_frozen: bool = setting(True, 'False: the teacher learns from the labels, too')
-    teacher_norm: str = setting('running', 'what a frozen teacher normalises by: running statistics, the batch',
+    teacher_norm: str = setting('running', 'what a frozen teacher normalises by: running statistics or batch',
                                 one_of('running', 'batch'))
 
     @property
@@ -247,7 +247,7 @@ def _uplink_rules(c: 'RunConfig') -> Iterator[str]:
         yield 'error_feedback and a teacher that lasts both want the one memory of a client'
 
 def _exchange_rules(c: 'RunConfig') -> Iterator[str]:
-    "Mean logits are the teacher of clients that exchange them; 'logits-only' leaves the server without a model."
+    "Mean logits teach the clients that exchange them; 'logits-only' leaves the server without a model."
     if c.exchange != 'model' and not c.public_images: yield f'exchange={c.exchange!r} needs public_images'
     if c.exchange in ('model', 'server-distill'): return
     if c.distils:

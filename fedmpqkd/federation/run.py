@@ -10,7 +10,7 @@ __all__ = ['PROTOCOLS', 'protocol_of', 'Progress', 'one_thread', 'test_parts', '
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import ALGORITHM_VERSION, RunConfig, plain, run_id
-from ..core.journal import Journal
+from ..core.journal import Damaged, Journal
 from ..core.machine import commit, environment
 from ..data.images import stratified_indices
 from ..evaluate.metrics import auc, client_dispersion, headline, peak_memory_mib
@@ -193,6 +193,7 @@ def resume(
     state, curve = saved
     federation.server.restore(state)
     federation.meter = Meter(**state['meter'])
+    federation.memories.last = state['memories']
     return curve
 
 # %% ../../nbs/federation/12e_run.ipynb #fa10c418
@@ -212,8 +213,9 @@ def compute(
     if progress: progress.resume(len(curve))
 
     def after(lines: list[dict[str, Any]]) -> None:
-        state = federation.server.checkpoint() | dict(meter=dataclasses.asdict(federation.meter))
-        if journal: journal.save(state, lines)
+        if journal:
+            extra = dict(meter=dataclasses.asdict(federation.meter), memories=dict(federation.memories.last))
+            journal.save(federation.server.checkpoint() | extra, lines)
         if progress: progress(lines[-1])
 
     try:
@@ -233,9 +235,14 @@ def run(
     progress: Any = None,  # shows rounds as they end, see `Progress`
 ) -> dict[str, Any]:  # the record
     "Run a configuration, or finish a run that was stopped."
-    if journal and (done := journal.record()): return done
-    with journal.claim() if journal else nullcontext():
-        if journal and (done := journal.record()):
+    if journal is None: return compute(config, data, None, device, workers, progress)
+    journal.tidy()
+    if done := journal.record(): return done
+    with journal.claim():
+        if done := journal.record():
             journal.discard()
             return done
+        try: return compute(config, data, journal, device, workers, progress)
+        except Damaged as why: print(f'{why}; the run starts again from its beginning', flush=True)
+        journal.start_over()
         return compute(config, data, journal, device, workers, progress)
