@@ -20,14 +20,14 @@ from .study.experiments import EXPERIMENTS, run_experiment
 
 # %% ../nbs/tools/81_command.ipynb #3365f9e1
 def options() -> dict[str, str]:
-    "Every option, with its default."
+    "Every option, with its default or its meaning."
     parameters = inspect.signature(run_experiment).parameters.values()
     own = {p.name: str(p.default) for p in parameters
            if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in ('name', 'executor')}
     own |= dict(axis='of exp3: ' + ', '.join(axes.AXES), points='of the axis; all')
     taken = ('seed', 'method', 'extension', *own)
-    fields = [f.name for f in dataclasses.fields(RunConfig) if f.name not in taken]
-    return own | dict.fromkeys(fields, 'set by the preset')
+    fields = {f.name: f.metadata['help'] for f in dataclasses.fields(RunConfig) if f.name not in taken}
+    return own | fields
 
 # %% ../nbs/tools/81_command.ipynb #987408cc
 def parse(

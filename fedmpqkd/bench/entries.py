@@ -26,7 +26,7 @@ from ..data.partition import split
 from ..federation.methods import make_config
 from ..federation.rounds import open_run, participants
 from ..federation.run import play
-from ..learn.vision import Resident, local_batches
+from ..learn.vision import VisionTask, local_batches
 from ..models.vision import build_model
 
 # %% ../../nbs/bench/19_entries.ipynb #b8b8c52c
@@ -152,16 +152,16 @@ def ours(job: Job) -> Timing:
 # %% ../../nbs/bench/19_entries.ipynb #71bb1b47
 def train_bare(
     model: nn.Module,  # trained in place
-    data: Resident,  # the images of all clients
+    task: VisionTask,  # the images of all clients
     part: Tensor,  # the client's
     config: RunConfig,  # rates, batches, precision
     round: int, client: int,  # name the stream of batches
 ) -> int:  # steps
     "One client's local round, written by hand."
     optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum)
-    device, bf16, steps = data.padded.device, config.precision == 'bf16', 0
-    for position, *views in local_batches(len(part), config, round, client, data.data.flip):
-        x, y = data.batch(part[position], *views)  # [B, 3, 32, 32], [B]
+    device, bf16, steps = task.device, config.precision == 'bf16', 0
+    for position, *view in local_batches(len(part), config, round, client, task.data.flip):
+        x, y = task.batch(part[position], *view)  # [B, 3, 32, 32], [B]
         model.train(len(x) > 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = F.cross_entropy(model(x), y)
@@ -191,8 +191,8 @@ def evaluate_bare(
 def bare(job: Job) -> Timing:
     "Federated averaging as a plain loop."
     w, config = job.workload, config_of(job)
-    data = Resident.of(load_images(w), job.device)
-    partition = split(data.labels.cpu().numpy(), w.clients, w.partition, config.seed, w.dirichlet)
+    task = VisionTask(load_images(w), job.device)
+    partition = split(task.labels.cpu().numpy(), w.clients, w.partition, config.seed, w.dirichlet)
     parts = [torch.from_numpy(p) for p in partition.parts]
     model = build_model(w.model, w.classes, config.seed).to(job.device).to(memory_format=torch.channels_last)
     state = {n: t.clone() for n, t in model.state_dict().items()}
@@ -202,12 +202,12 @@ def bare(job: Job) -> Timing:
         chosen, _ = participants(config, sizes, round)
         for k in chosen:
             model.load_state_dict(state)
-            steps += train_bare(model, data, parts[k], config, round, k)
+            steps += train_bare(model, task, parts[k], config, round, k)
             weight = sizes[k] / sum(sizes[j] for j in chosen)
             for n, t in model.state_dict().items(): mean[n] += (t * weight).to(t.dtype)
         state = mean
         model.load_state_dict(state)
-        evaluate_bare(model, data.data, job.precision)
+        evaluate_bare(model, task.data, job.precision)
         timing.seconds.append(time.perf_counter() - start)
         timing.images.append(config.local_epochs * sum(sizes[k] for k in chosen))
         timing.steps.append(steps)

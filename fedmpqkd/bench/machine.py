@@ -25,6 +25,7 @@ from .entries import Job, config_of, load_images
 from ..core.config import RunConfig
 from ..evaluate.costs import synchronize, training_flops
 from ..federation import rounds, server
+from ..federation.evaluation import evaluate_round
 from ..federation.rounds import open_run
 
 # %% ../../nbs/bench/19a_machine.ipynb #69843b44
@@ -117,7 +118,7 @@ def first_round(
         for phase, seconds in phases.items(): watch.add(phase, seconds)
 
         began = time.perf_counter()
-        rounds.evaluate_round(run, index, index, 0)
+        evaluate_round(run, index, index, 0)
         watch.add('evaluate', run.pool.size * (time.perf_counter() - began))
     finally:
         run.pool.close()
