@@ -5,7 +5,7 @@ import pytest
 
 from fedmpqkd.__main__ import main, options
 
-TINY = "--preset smoke --methods fedavg --rounds 1 --clients 2 --train_images 60 --test_images 20 --device cpu"
+TINY = "--preset smoke --methods fedavg --rounds 1 --clients 2 --train_images 60 --test_images 20"
 
 
 @pytest.fixture(autouse=True)
