@@ -42,8 +42,9 @@ RECIPES |= {
     'fedmpq': dict(**_FEDMPQ, alpha=0.0),
     'fedmpq-plain': dict(**_FEDMPQ, **_PLAIN, alpha=0.0),
     'fedmpq-int-sr': dict(update='int-sr', assignment='prune-grow', alpha=0.0),
-    'fedmpq-official': dict(update='official', assignment='prune-grow', alpha=0.0, compat='official', aggregate='uniform',
-                            overshoot=True, prune_lsb=True, lambda_b=0.001, act_bits=4),
+    'fedmpq-official': dict(
+        update='official', assignment='prune-grow', alpha=0.0, compat='official', aggregate='uniform',
+        overshoot=True, prune_lsb=True, lambda_b=0.001, act_bits=4),
     'fedmpq-uniform': dict(update='signed-planes', assignment='uniform', alpha=0.0),
     'fedmpq-random': dict(update='signed-planes', assignment='random', alpha=0.0),
     'fedmpq-sr': dict(**_FEDMPQ, **_SR, alpha=0.0),
@@ -79,30 +80,37 @@ RECIPES |= {
 
 # %% ../../nbs/federation/11_methods.ipynb #0b2a17ff
 _IDLE: tuple[tuple[Any, tuple[str, ...]], ...] = (  # (when nothing of this is used, fields)
-    (lambda c: not c.distils, ('temperature_schedule', 'temperature_end', 'kd_loss', 'teacher', 'alpha_schedule', 'alpha_end',
-                               'kd_warmup_rounds', 'kd_gate', 'teacher_refresh', 'teacher_frozen', 'teacher_norm')),
+    (lambda c: not c.distils, (
+        'temperature_schedule', 'temperature_end', 'kd_loss', 'teacher', 'alpha_schedule', 'alpha_end',
+        'kd_warmup_rounds', 'kd_gate', 'teacher_refresh', 'teacher_frozen', 'teacher_norm')),
     (lambda c: not c.teacher_frozen, ('teacher_norm',)),
     (lambda c: not c.distils and c.exchange == 'model', ('temperature',)),
-    (lambda c: c.update == 'fp32', ('bit_lr', 'scale_update', 'assignment', 'lambda_b', 'prune_threshold', 'prune_lsb', 'overshoot',
-                                    'rounding_up', 'rounding_down', 'compat')),
+    (lambda c: c.update == 'fp32', (
+        'bit_lr', 'scale_update', 'assignment', 'lambda_b', 'prune_threshold', 'prune_lsb', 'overshoot',
+        'rounding_up', 'rounding_down', 'compat')),
     (lambda c: c.uplink == 'model', ('update_bits', 'update_norm', 'error_feedback')),
     (lambda c: c.uplink != 'pq', ('pq_dim', 'pq_centroids', 'codebook')),
     (lambda c: c.exchange == 'model', ('public_images', 'public_epochs', 'logits')),
     (lambda c: c.exchange == 'model' or c.logits != 'topk', ('logits_topk',)),
     (lambda c: c.aggregate != 'moshpit', ('grid_axes', 'moshpit_iterations', 'peer_failure', 'hop')))
 
+# %% ../../nbs/federation/11_methods.ipynb #d508710e
 def make_config(
     method: str,  # a recipe's name
     **fields: Any,  # what the experiment sets; pinned fields of the recipe win
 ) -> RunConfig:  # validated
     "The configuration of one run of a method."
-    if method not in RECIPES: raise ValueError(f'unknown method {method!r}; choose from {", ".join(RECIPES)}')
+    if method not in RECIPES:
+        raise ValueError(f'unknown method {method!r}; choose from {", ".join(RECIPES)}')
     recipe = RECIPES[method]
-    if 'teacher' in recipe and 'alpha' not in fields | recipe: raise ValueError(f'{method} distils: give alpha (0 switches it off)')
+    if 'teacher' in recipe and 'alpha' not in fields | recipe:
+        raise ValueError(f'{method} distils: give alpha (0 switches it off)')
+
     values = fields | recipe | dict(method=method)
     if recipe.get('alpha') == 0: values |= dict(alpha_schedule='const')
     config, defaults = config_from(values), RunConfig()
-    return dataclasses.replace(config, **{f: getattr(defaults, f) for idle, names in _IDLE if idle(config) for f in names})
+    unused = {f: getattr(defaults, f) for idle, names in _IDLE if idle(config) for f in names}
+    return dataclasses.replace(config, **unused)
 
 # %% ../../nbs/federation/11_methods.ipynb #c01e7d00
 def difference(
@@ -120,7 +128,8 @@ def register_method(
 ) -> None:
     "Add a recipe."
     if name in RECIPES: raise ValueError(f'there is already a method {name!r}')
-    if base is not None and base not in RECIPES: raise ValueError(f'unknown base {base!r}; choose from {", ".join(RECIPES)}')
+    if base is not None and base not in RECIPES:
+        raise ValueError(f'unknown base {base!r}; choose from {", ".join(RECIPES)}')
     recipe = (RECIPES[base] if base else {}) | fields
     config_from(recipe)
     RECIPES[name] = recipe

@@ -66,7 +66,8 @@ def teacher_logits(
     assert teacher is not None
     with train_state.clock('teacher'):
         if isinstance(teacher, CoTeacher): return teacher.learn(x, y)
-        return teacher(x).float()
+        logits: Tensor = teacher(x)
+        return logits.float()
 
 # %% ../../nbs/learn/09c_step.ipynb #c0a7b0bc
 def distillation(

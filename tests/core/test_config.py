@@ -7,7 +7,16 @@ import pytest
 from conftest import ROOT
 
 from fedmpqkd.core import config as core
-from fedmpqkd.core.config import PARTS, RunConfig, canonical, config_from, interval, plain, run_id, setting
+from fedmpqkd.core.config import (
+    PARTS,
+    RunConfig,
+    canonical,
+    config_from,
+    interval,
+    plain,
+    run_id,
+    setting,
+)
 
 
 def committed() -> list[dict]:

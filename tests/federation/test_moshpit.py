@@ -1,4 +1,5 @@
-"""Averaging in groups: invariants against a plain loop, the published table, and a federation beside its star."""
+"""Averaging in groups: a plain loop, its invariants, the published table, a federation against its star."""
+
 import dataclasses
 import functools
 import itertools
@@ -46,7 +47,7 @@ torch.set_num_threads(1)
 def seeded(seed: int) -> torch.Generator: return torch.Generator().manual_seed(seed)
 
 
-# --- the simulator ----------------------------------------------------------------------------------------------------
+# --- the simulator ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('dims', [(7,), (5, 5), (4, 4, 4), (3, 3, 3, 3), (2, 2, 2, 2, 2), (2, 3, 5), (1, 6)])
 def test_a_full_grid_is_exact_after_one_iteration_an_axis(dims):
@@ -77,25 +78,40 @@ def by_loop(values, weights, idx, axis, alive):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10**6))
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(0, 10**6),
+)
 def test_an_iteration(dims, filled, failure, seed):
-    """Equal to a plain loop; sums of weights and of weighted values stay, the spread about the weighted mean does not grow,
-    and whoever failed or was alone keeps the same bits, even beside a failed peer that holds no number."""
+    """Equal to a plain loop; sums of weights and of weighted values stay, the spread about the weighted mean
+    does not grow; a peer that failed or was alone keeps its bits, and NaN in a failed peer harms nobody."""
     n, g = max(1, int(filled * math.prod(dims))), seeded(seed)
     idx = grid(n, dims, g)
-    assert len({tuple(row) for row in idx.tolist()}) == n and (idx >= 0).all() and (idx < torch.tensor(dims)).all()
-    values, weights = torch.randn(n, 2, dtype=torch.float64, generator=g), 1 + 99 * torch.rand(n, dtype=torch.float64, generator=g)
+    assert len({tuple(row) for row in idx.tolist()}) == n
+    assert (idx >= 0).all()
+    assert (idx < torch.tensor(dims)).all()
+    values, weights = (
+        torch.randn(n, 2, dtype=torch.float64, generator=g),
+        1 + 99 * torch.rand(n, dtype=torch.float64, generator=g),
+    )
     total, mass = (values * weights[:, None]).sum(0), weights.sum()
-    spread = lambda x, w: (w[:, None] * (x - total / mass) ** 2).sum(0)
+
+    def spread(x, w): return (w[:, None] * (x - total / mass) ** 2).sum(0)
+
     for t in range(4):
         alive = torch.rand(n, generator=g) >= failure
         after, carried = moshpit_step(values, weights, idx, t % len(dims), alive)
-        for got, wanted in zip((after, carried), by_loop(values, weights, idx, t % len(dims), alive), strict=True):
+        for got, wanted in zip(
+            (after, carried), by_loop(values, weights, idx, t % len(dims), alive), strict=True
+        ):
             assert torch.allclose(got, wanted, atol=1e-12)
         group = groups_of(idx, t % len(dims))
         alone = torch.tensor([int((alive & (group == k)).sum()) < 2 for k in group])
         assert torch.equal(after[~alive | alone], values[~alive | alone])
-        assert torch.allclose((after * carried[:, None]).sum(0), total, atol=1e-9) and torch.isclose(carried.sum(), mass)
+        assert torch.allclose((after * carried[:, None]).sum(0), total, atol=1e-9)
+        assert torch.isclose(carried.sum(), mass)
         assert (spread(after, carried) <= spread(values, weights) + 1e-9).all()
         poisoned = torch.where(alive[:, None], values, math.nan)
         assert torch.equal(moshpit_step(poisoned, weights, idx, t % len(dims), alive)[0][alive], after[alive])
@@ -114,19 +130,31 @@ def test_holes_and_failures_end_at_the_weighted_mean():
     idx, images = grid(20, (5, 6), seeded(0)), torch.arange(1, 21).double()
     x = torch.randn(20, 1, dtype=torch.float64, generator=seeded(1))
     values, weights, g = x, images, seeded(2)
-    for t in range(150): values, weights = moshpit_step(values, weights, idx, t % 2, torch.rand(20, generator=g) >= .1)
+    for t in range(150):
+        values, weights = moshpit_step(values, weights, idx, t % 2, torch.rand(20, generator=g) >= 0.1)
     assert torch.allclose(values, ((x[:, 0] * images).sum() / images.sum()).expand(20, 1), atol=1e-9)
 
 
 def test_peers_that_have_met_do_not_meet_again_for_d_iterations():
     idx = grid(27, (3, 3, 3), seeded(0))
-    met = [{(i, j) for i in range(27) for j in range(i) if groups_of(idx, axis)[i] == groups_of(idx, axis)[j]} for axis in range(3)]
+    met = [
+        {(i, j) for i in range(27) for j in range(i) if groups_of(idx, axis)[i] == groups_of(idx, axis)[j]}
+        for axis in range(3)
+    ]
     assert [len(m) for m in met] == [27] * 3 and len(set.union(*met)) == 81
 
 
-# published (10 restarts) and simulated (200 restarts) iterations until the variance is below 1e-9, and below 1e-4
-TABLE = [(1024, 0, 2.0, 2.00, 2.00), (512, 0, 8.2, 8.34, 3.60), (768, 0, 6.0, 6.01, 3.00), (900, 0, 5.0, 5.01, 2.85),
-         (512, .001, None, 8.28, 3.69), (900, .01, 6.5, 6.25, 3.04), (512, .005, None, 8.70, 3.85), (1024, .005, None, 5.17, 2.92)]
+# published (10 restarts) and simulated (200 restarts) iterations to a variance below 1e-9, and below 1e-4
+TABLE = [
+    (1024, 0, 2.0, 2.00, 2.00),
+    (512, 0, 8.2, 8.34, 3.60),
+    (768, 0, 6.0, 6.01, 3.00),
+    (900, 0, 5.0, 5.01, 2.85),
+    (512, 0.001, None, 8.28, 3.69),
+    (900, 0.01, 6.5, 6.25, 3.04),
+    (512, 0.005, None, 8.70, 3.85),
+    (1024, 0.005, None, 5.17, 2.92),
+]
 
 
 @pytest.mark.parametrize('n,failure,published,fine,coarse', TABLE)
@@ -144,7 +172,12 @@ def test_random_groups_contract_by_their_formula():
     factors = []
     for _ in range(1000):
         x = torch.randn(n, 1, dtype=torch.float64, generator=g)
-        factors.append(float(moshpit_step(x, None, grid(n, (r, n // r), g), 1)[0].var(unbiased=False) / x.var(unbiased=False)))
+        factors.append(
+            float(
+                moshpit_step(x, None, grid(n, (r, n // r), g), 1)[0].var(unbiased=False)
+                / x.var(unbiased=False)
+            )
+        )
     error = np.std(factors) / len(factors) ** .5
     assert abs(np.mean(factors) - (r - 1) / (n - 1)) < 4 * error and error < .003
 
@@ -161,22 +194,33 @@ def test_the_price_of_a_group():
     for m in (1, 2, 5):
         sent = [0] * m
         for owner in range(m):
-            for other in set(range(m)) - {owner}: sent[other] += 12; sent[owner] += 12  # a part to its owner, the sum back
+            for other in set(range(m)) - {owner}:
+                sent[other] += 12
+                sent[owner] += 12  # a part to its owner, the sum back
         assert sent == [butterfly_bytes(12 * m, m)] * m
 
 
-@pytest.mark.parametrize('call,text', [
-    (lambda: grid(10, (3, 3), seeded(0)), 'do not fit'), (lambda: grid(0, (3,), seeded(0)), 'at least 1'),
-    (lambda: grid(1, (), seeded(0)), 'at least 1'), (lambda: grid(1, (2, 0), seeded(0)), 'at least 1'),
-    (lambda: groups_of(torch.zeros(1, 2, dtype=torch.int64), -1), 'axis=-1'),
-    (lambda: moshpit_step(torch.zeros(1, 1), torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64), 0), 'positive'),
-    (lambda: variance_path(4, (2, 2), 1, seeded(0), 1.5), 'failure=1.5'),
-    (lambda: iterations_to(1e-9, torch.ones(3)), 'after 2 iterations')])
+@pytest.mark.parametrize(
+    'call,text',
+    [
+        (lambda: grid(10, (3, 3), seeded(0)), 'do not fit'),
+        (lambda: grid(0, (3,), seeded(0)), 'at least 1'),
+        (lambda: grid(1, (), seeded(0)), 'at least 1'),
+        (lambda: grid(1, (2, 0), seeded(0)), 'at least 1'),
+        (lambda: groups_of(torch.zeros(1, 2, dtype=torch.int64), -1), 'axis=-1'),
+        (
+            lambda: moshpit_step(torch.zeros(1, 1), torch.zeros(1), torch.zeros(1, 1, dtype=torch.int64), 0),
+            'positive',
+        ),
+        (lambda: variance_path(4, (2, 2), 1, seeded(0), 1.5), 'failure=1.5'),
+        (lambda: iterations_to(1e-9, torch.ones(3)), 'after 2 iterations'),
+    ],
+)
 def test_errors(call, text):
     with pytest.raises(ValueError, match=text): call()
 
 
-# --- the federation ---------------------------------------------------------------------------------------------------
+# --- the federation -----------------------------------------------------------------------------------------
 
 FIELDS = dict(model='resnet8', clients=4, rounds=1, dirichlet=1.0, batch_size=64, eval_images=20)
 SQUARE = dict(aggregate='moshpit', grid_axes=2, moshpit_iterations=2)
@@ -188,7 +232,8 @@ def digits(train: int = 80, test: int = 30): return tape.digits(train, test)
 
 class Played(tape.Played):
     def messages(self, way: str, manifest=None) -> list[tuple[int, Message]]:
-        "A star's in the order of the clients, whoever answered first; those of peers, which have a manifest of their own, as they crossed."
+        """A star's messages in the order of the clients, whichever finished first;
+        those of peers, which have a manifest of their own, in the order in which they crossed."""
         heard = self.run.meter.tape if manifest else sorted(self.run.meter.tape, key=lambda line: line[1])
         return [(k, decode(d, manifest or self.run.server.manifest)) for w, k, d in heard if w == way]
 
@@ -200,7 +245,12 @@ def played(tmp_path_factory):
     "Runs by method and fields, each computed once."
     @functools.cache
     def get(method: str, workers: int = 1, **fields) -> Played:
-        whole = open_run(make_config(method, **FIELDS | fields), digits(), workers=workers, folder=tmp_path_factory.mktemp('clients'))
+        whole = open_run(
+            make_config(method, **FIELDS | fields),
+            digits(),
+            workers=workers,
+            folder=tmp_path_factory.mktemp('clients'),
+        )
         whole.meter, curve = Tape(manifest=whole.meter.manifest), []
         try: play(whole, curve)
         finally: whole.pool.close()
@@ -214,13 +264,14 @@ def equal(a: dict, b: dict) -> bool: return a.keys() == b.keys() and all(torch.e
 @pytest.mark.parametrize('method,more', [('fedavg', {}), ('fedmpq', dict(bits=(2, 2, 4, 8), lambda_b=300.0)),
                                          ('fedmpq-kd-delivered', dict(alpha=.5, kd_warmup_rounds=0))])
 def test_one_axis_for_all_is_the_star(played, method, more):
-    "Two rounds, bit for bit: the same mean, the same bits, so the same second local round; nobody is apart."
+    "Two rounds, bit for bit: the same mean, the same bits, so the same second local round, at distance 0."
     star, line = played(method, rounds=2, **more), played(method, **LINE, rounds=2, **more)
     for k in range(4):
         own = line.own(k, 2)
         assert equal(own.state, star.run.server.state)
         assert (own.mean_bits, own.mean_loss) == (star.run.server.mean_bits, star.run.server.mean_loss)
-    assert equal(line.run.server.state, star.run.server.state) and line.run.server.mean_bits == star.run.server.mean_bits
+    assert equal(line.run.server.state, star.run.server.state)
+    assert line.run.server.mean_bits == star.run.server.mean_bits
     for key in ('loss', 'arrived', 'steps', 'bits', 'accuracy_fp'):
         assert [a[key] for a in star.curve] == [b[key] for b in line.curve], key
     assert [b['consensus'] for b in line.curve] == [0, 0]
@@ -232,7 +283,9 @@ def test_one_axis_for_those_who_are_there(played):
     more = dict(bn_pool='moments', dropout=.25)
     star, line = played('fedavg', **more), played('fedavg', **LINE, **more)
     failing, = participants(line.run.config, [1] * 4, 0)[1]
-    assert [equal(line.own(k).state, star.run.server.state) for k in range(4)] == [k != failing for k in range(4)]
+    assert [equal(line.own(k).state, star.run.server.state) for k in range(4)] == [
+        k != failing for k in range(4)
+    ]
     assert line.curve[0]['arrived'] == 3 and line.curve[0]['loss'] == star.curve[0]['loss']
 
 
@@ -242,7 +295,9 @@ def test_heterogeneous_budgets_are_spent_locally(played):
     sizes = whole.run.server.layout.sizes()
     reports = [m for _, m in played('fedmpq', bits=(2, 2, 4, 8), lambda_b=300.0).messages('up')]
     share = np.array([m.samples * b for m, b in zip(reports, (2, 2, 4, 8), strict=True)], float)
-    column = lambda f: [[f(m.entries[n]) for n in whole.run.server.layout.quantized] for m in reports]
+
+    def column(f): return [[f(m.entries[n]) for n in whole.run.server.layout.quantized] for m in reports]
+
     bits = [round(v) for v in np.average(column(lambda p: p.bits), axis=0, weights=share)]
     loss = [round(v + 1) for v in np.average(column(lambda p: p.delta), axis=0, weights=share)]
     assert max(loss) > 1
@@ -250,14 +305,17 @@ def test_heterogeneous_budgets_are_spent_locally(played):
         own = whole.own(k)
         assert (own.mean_bits, own.mean_loss) == (bits, loss)
         wanted = prune_grow(bits, [d * v for d, v in zip(sizes, loss, strict=True)], sizes, budget)
-        assert [len(deployed(own, budget)[n].unique()) <= 2**(b + 1) - 1 for n, b in zip(own.layout.quantized, wanted, strict=True)]
+        assert [
+            len(deployed(own, budget)[n].unique()) <= 2 ** (b + 1) - 1
+            for n, b in zip(own.layout.quantized, wanted, strict=True)
+        ]
         assert own.assignment(budget) == wanted
     assert whole.run.server.mean_bits == bits
 
 
 @pytest.mark.parametrize('failure', [0.0, .4])
 def test_a_round_is_what_the_simulator_says(played, failure):
-    "The models that the star's clients send in round 0 are those that the peers train; the rest is `moshpit_step`."
+    "The models that the star's clients send in round 0 are what the peers train; the rest is `moshpit_step`."
     fields = dict(clients=6, peer_failure=failure, moshpit_iterations=3)
     whole, star = played('fedavg', **SQUARE | fields), played('fedavg', clients=6)
     trained = [m for _, m in star.messages('up')]
@@ -268,19 +326,22 @@ def test_a_round_is_what_the_simulator_says(played, failure):
         values = torch.stack([m.entries[name].double().reshape(-1) for m in trained])
         weights = torch.tensor([float(m.samples) for m in trained])
         for t in range(3): values, weights = moshpit_step(values, weights, idx, t % 2, alive[t])
-        for k in range(6): assert torch.allclose(whole.own(k).state[name].double().reshape(-1), values[k], atol=1e-6), (name, k)
-    states = [torch.cat([whole.own(k).state[n].reshape(-1).double() for n in (*star.run.server.layout.quantized, *star.run.server.layout.others)])
-              for k in range(6)]
+        for k in range(6):
+            own = whole.own(k).state[name].double().reshape(-1)
+            assert torch.allclose(own, values[k], atol=1e-6), (name, k)
+
+    names = (*star.run.server.layout.quantized, *star.run.server.layout.others)
+    states = [torch.cat([whole.own(k).state[n].reshape(-1).double() for n in names]) for k in range(6)]
     mean = torch.stack(states).T @ torch.tensor([float(m.samples) for m in trained], dtype=torch.float64) / 80
     apart = np.mean([float((s - mean).norm() / mean.norm()) for s in states])
     line = whole.curve[0]
     assert line['consensus'] == pytest.approx(apart, rel=1e-4) and apart > 1e-3
     assert line['peer_accuracy_worst'] <= line['peer_accuracy_mean'] == line['accuracy']
-    assert line['arrived'] == int(torch.stack(alive).any(0).sum()) and line['images'] == 30
+    assert line['arrived'] == int(torch.stack(alive).any(0).sum()) and line['samples'] == 30
 
 
 def test_bytes_of_a_full_square(played):
-    "Two groups of two, two iterations: four messages each way, of the star's size and ten bytes for the weight."
+    "Two groups of two, two iterations: four messages each way, the star's size plus ten bytes of weight."
     star, whole = played('fedavg'), played('fedavg', **SQUARE)
     manifest = peer_manifest(whole.run.server.layout)
     for way in ('up', 'down'):
@@ -294,8 +355,10 @@ def test_bytes_of_a_full_square(played):
     first = [m for _, m in planes.messages('up', manifest)][:2]
     layers = len(planes.run.server.layout.quantized)
     for m in first:
-        assert m.entries[MEAN_BITS].tolist() == [4.0] * layers and m.entries[MEAN_LOSS].tolist() == [0.0] * layers
-        assert float(m.entries[BIT_WEIGHT]) == 4 * float(m.entries[WEIGHT]) and m.entries['conv1.weight'].bits == 4
+        assert m.entries[MEAN_BITS].tolist() == [4.0] * layers
+        assert m.entries[MEAN_LOSS].tolist() == [0.0] * layers
+        assert float(m.entries[BIT_WEIGHT]) == 4 * float(m.entries[WEIGHT])
+        assert m.entries['conv1.weight'].bits == 4
     sent = [len(d) for w, _, d in planes.run.meter.tape if w == 'up']
     assert sent[0] == sent[1] < sent[2] / 4 and sent[2] == sent[3]  # planes first, then their mean
 
@@ -304,7 +367,10 @@ def test_hops_of_eight_bits_are_near_full_precision(played):
     "Three roundings to nearest, of which each is off by at most half a level of the layer's largest weight."
     exact, rounded = played('fedavg', **SQUARE), played('fedavg', **SQUARE, hop='q8')
     shape = exact.run.server.layout
-    largest = {n: max(float(m.entries[n].abs().max()) for _, m in played('fedavg').messages('up')) for n in shape.quantized}
+    largest = {
+        n: max(float(m.entries[n].abs().max()) for _, m in played('fedavg').messages('up'))
+        for n in shape.quantized
+    }
     for n, t in rounded.own(0).state.items():
         off = float((t.double() - exact.own(0).state[n].double()).abs().max())
         if n in shape.quantized: assert 0 < off <= 3 * 1.01 * largest[n] / (2 * 255), n
@@ -315,7 +381,9 @@ def test_hops_of_eight_bits_are_near_full_precision(played):
 def test_stochastic_hops_are_reproducible_and_different(played):
     fields = SQUARE | dict(hop='same-bits')
     one, two = (played('fedmpq', w, **fields, rounding_up='stochastic') for w in (1, 3))
-    assert one.timeless == two.timeless and equal(one.run.server.state, two.run.server.state) and one.run.meter.tape == two.run.meter.tape
+    assert one.timeless == two.timeless
+    assert equal(one.run.server.state, two.run.server.state)
+    assert one.run.meter.tape == two.run.meter.tape
     assert not equal(one.run.server.state, played('fedmpq', **fields).run.server.state)
 
 
@@ -328,7 +396,9 @@ def test_hops_of_the_students_own_bits(played):
         for n in whole.run.server.layout.quantized:
             assert torch.equal(whole.own(k).state[n], quantize(exact[n], budget).dequantize()), (k, n)
     assert whole.curve[0]['consensus'] > .01
-    assert len({len(d) for w, _, d in whole.run.meter.tape if w == 'down'}) == 3  # one answer a precision; client 0 leads
+    assert (
+        len({len(d) for w, _, d in whole.run.meter.tape if w == 'down'}) == 3
+    )  # one message a precision; client 0 leads
 
 
 def test_failed_peers_keep_their_value_and_their_bits(played):
@@ -351,7 +421,8 @@ def test_stragglers_keep_what_they_have(played, stage):
     trained, start = sizes[k][1].dense(), moshpit.own_models(whole.run).load(4, 0)['state']
     assert equal(whole.own(k).state, {n: (trained if stage == 'after_train' else start)[n] for n in start})
     others = [j for j in range(4) if j != k]
-    assert all(equal(whole.own(j).state, whole.own(others[0]).state) for j in others) and not equal(whole.own(k).state, whole.own(others[0]).state)
+    assert all(equal(whole.own(j).state, whole.own(others[0]).state) for j in others)
+    assert not equal(whole.own(k).state, whole.own(others[0]).state)
     assert whole.curve[0]['arrived'] == 3 and {c for _, c, _ in whole.run.meter.tape} == set(others[1:])
 
 
@@ -359,7 +430,13 @@ def test_grids_are_drawn_anew_in_each_round(played, monkeypatch):
     drawn, real = [], moshpit.grid
     monkeypatch.setattr(moshpit, 'grid', lambda *args: drawn.append(real(*args)) or drawn[-1])
     for _ in range(2):
-        whole = open_run(make_config('fedavg', **FIELDS | SQUARE | dict(clients=6, rounds=3, participation=.83, dropout=1.0)), digits(), workers=1)
+        whole = open_run(
+            make_config(
+                'fedavg', **FIELDS | SQUARE | dict(clients=6, rounds=3, participation=0.83, dropout=1.0)
+            ),
+            digits(),
+            workers=1,
+        )
         for round in range(3): moshpit.moshpit_round(whole, round)
         whole.pool.close()
     assert all(torch.equal(a, b) for a, b in zip(drawn[:3], drawn[3:], strict=True))
@@ -370,14 +447,26 @@ def test_grids_are_drawn_anew_in_each_round(played, monkeypatch):
 def test_divergence_is_a_failure_of_clients(played):
     "They cannot write a message, keep their start, and the run goes on."
     whole = played('fedavg', **SQUARE, rounds=2, lr=1e6, batch_size=4, local_epochs=2)
-    for line in whole.curve: assert line['arrived'] == 4 - len(line['failed']) < 4 and np.isfinite(line['accuracy'])
+    for line in whole.curve:
+        assert line['arrived'] == 4 - len(line['failed']) < 4 and np.isfinite(line['accuracy'])
     assert all('NaN or infinity' in why for why in whole.curve[0]['failed'].values())
 
 
-# --- interruptions ----------------------------------------------------------------------------------------------------
+# --- interruptions ------------------------------------------------------------------------------------------
 
-LONG = FIELDS | SQUARE | dict(rounds=2, participation=.75, peer_failure=.3, kd_warmup_rounds=0, alpha=.5, hop='q8',
-                              rounding_up='stochastic')
+LONG = (
+    FIELDS
+    | SQUARE
+    | dict(
+        rounds=2,
+        participation=0.75,
+        peer_failure=0.3,
+        kd_warmup_rounds=0,
+        alpha=0.5,
+        hop='q8',
+        rounding_up='stochastic',
+    )
+)
 
 
 class Crash(Exception):
@@ -392,7 +481,11 @@ def undisturbed(): return run(make_config('fedmpq-kd-ema', **LONG), digits(), wo
 def test_an_interrupted_run_ends_like_one_that_was_not(undisturbed, tmp_path, monkeypatch, moment):
     "Stopped in its second round: before the clients' models are kept, after that, or before the checkpoint."
     config = make_config('fedmpq-kd-ema', **LONG)
-    journal, calls, real = Journal(tmp_path, 'g', 'n', run_id(config, digits().fingerprint)), [], getattr(moshpit, moment)
+    journal, calls, real = (
+        Journal(tmp_path, 'g', 'n', run_id(config, digits().fingerprint)),
+        [],
+        getattr(moshpit, moment),
+    )
 
     def stop(*args):
         calls.append(1)
@@ -400,7 +493,8 @@ def test_an_interrupted_run_ends_like_one_that_was_not(undisturbed, tmp_path, mo
         return real(*args)
 
     with monkeypatch.context() as patch:
-        if moment == 'evaluate_peers': patch.setitem(PROTOCOLS, 'moshpit', dataclasses.replace(PROTOCOLS['moshpit'], evaluate=stop))
+        if moment == 'evaluate_peers':
+            patch.setitem(PROTOCOLS, 'moshpit', dataclasses.replace(PROTOCOLS['moshpit'], evaluate=stop))
         else: patch.setattr(moshpit, moment, stop)
         with pytest.raises(Crash): run(config, digits(), journal, workers=1)
     kept = [p.name for p in journal.folder.rglob('models/*_1.pt')]
@@ -412,12 +506,19 @@ def test_an_interrupted_run_ends_like_one_that_was_not(undisturbed, tmp_path, mo
     assert not journal.folder.exists()
 
 
-# --- the door ---------------------------------------------------------------------------------------------------------
+# --- what is refused ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('fields,text', [
-    (dict(alpha=.5, teacher='fp', update='latent'), 'delivered or ema'), (dict(hop='same-bits'), 'quantised'),
-    (dict(uplink='qsgd'), 'exchanges models'), (dict(exchange='logits-only', public_images=10), 'exchanges models'),
-    (dict(grid_axes=0), 'grid_axes'), (dict(peer_failure=1.5), 'peer_failure')])
+@pytest.mark.parametrize(
+    'fields,text',
+    [
+        (dict(alpha=0.5, teacher='fp', update='latent'), 'delivered or ema'),
+        (dict(hop='same-bits'), 'quantised'),
+        (dict(uplink='qsgd'), 'exchanges models'),
+        (dict(exchange='logits-only', public_images=10), 'exchanges models'),
+        (dict(grid_axes=0), 'grid_axes'),
+        (dict(peer_failure=1.5), 'peer_failure'),
+    ],
+)
 def test_what_cannot_be(fields, text):
     with pytest.raises(ValueError, match=text): RunConfig(**SQUARE | fields)
 
@@ -429,9 +530,24 @@ def test_a_silent_teacher_is_no_objection():
 def test_a_groups_mean_by_hand():
     "Counters take the maximum, variances are pooled on request, weights become their mean."
     def message(mean, count, n):
-        return Message(0, 0, 0, 0, {'bn.running_mean': torch.tensor([mean]), 'bn.running_var': torch.tensor([1.0]),
-                                    'bn.num_batches_tracked': torch.tensor(count), WEIGHT: torch.tensor(n)})
+        return Message(
+            0,
+            0,
+            0,
+            0,
+            {
+                'bn.running_mean': torch.tensor([mean]),
+                'bn.running_var': torch.tensor([1.0]),
+                'bn.num_batches_tracked': torch.tensor(count),
+                WEIGHT: torch.tensor(n),
+            },
+        )
+
     for pool, variance in (('mean', 1.0), ('moments', np.var([0, 2] * 3 + [4, 6]))):
         got = group_mean([message(1.0, 3, 3.0), message(5.0, 8, 1.0)], pool)
         assert {n: t.item() for n, t in got.items()} == {
-            'bn.running_mean': 2.0, 'bn.running_var': pytest.approx(variance), 'bn.num_batches_tracked': 8, WEIGHT: 2.0}
+            'bn.running_mean': 2.0,
+            'bn.running_var': pytest.approx(variance),
+            'bn.num_batches_tracked': 8,
+            WEIGHT: 2.0,
+        }

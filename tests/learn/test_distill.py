@@ -1,4 +1,4 @@
-"Distillation losses, dials, gates and teacher memory against closed forms, SciPy and hand-worked numbers."
+"Distillation losses, schedules, gates and teacher memory against closed forms, SciPy and numbers by hand."
 import copy
 import itertools
 import math
@@ -40,7 +40,9 @@ Z_T = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64)
 Z_T2 = torch.tensor([[0.5, 1.0, -0.5]], dtype=torch.float64)
 
 
-def logits(seed: int, batch: int = 5, classes: int = 7, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+def logits(
+    seed: int, batch: int = 5, classes: int = 7, scale: float = 3.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     return tuple(scale * torch.randn(batch, classes, generator=g, dtype=torch.float64) for _ in range(2))
 
@@ -50,7 +52,7 @@ def gradient(loss, z: torch.Tensor) -> torch.Tensor:
     return torch.autograd.grad(loss(z), z)[0]
 
 
-# --- the divergence -------------------------------------------------------------------------------------------------
+# --- the divergence -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('teacher, temperature, forward, reverse', [
     (Z_T, 1.0, 0.463214, 0.379738), (Z_T, 2.0, 0.490788, 0.488732), (Z_T, 4.0, 0.478150, 0.491104),
@@ -64,11 +66,13 @@ def test_hand_worked_pairs(teacher, temperature, forward, reverse):
 
 def test_hand_worked_limit_and_gradient():
     assert kd_loss(Z_S, Z_T, 1000.0).item() == pytest.approx(0.444617, abs=1e-6)
-    assert gradient(lambda z: kd_loss(z, Z_T, 2.0), Z_S).tolist()[0] == pytest.approx([.4898, -.3049, -.1849], abs=5e-5)
+    assert gradient(lambda z: kd_loss(z, Z_T, 2.0), Z_S).tolist()[0] == pytest.approx(
+        [0.4898, -0.3049, -0.1849], abs=5e-5
+    )
 
 
 def test_defect_21_the_paper_writes_one_direction_and_its_code_computes_the_other():
-    "The formula is KL(student || teacher), 0.379738; F.kl_div(log p_s, p_t) is KL(teacher || student), 0.463214."
+    "Formula: KL(student || teacher) = .379738; F.kl_div(log p_s, p_t) = KL(teacher || student) = .463214."
     reference_code = F.kl_div(F.log_softmax(Z_S, 1), F.softmax(Z_T, 1), reduction='batchmean')
     p, q = Z_S.softmax(1)[0].numpy(), Z_T.softmax(1)[0].numpy()
     formula = stats.entropy(p, q)  # SciPy: KL(p || q)
@@ -92,14 +96,22 @@ def test_divergences_equal_scipy(seed, temperature):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 8), st.floats(0.3, 20.0), st.sampled_from(DIRECTIONS))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 6),
+    st.integers(1, 8),
+    st.floats(0.3, 20.0),
+    st.sampled_from(DIRECTIONS),
+)
 def test_divergence_is_a_divergence(seed, batch, classes, temperature, direction):
     s, t = logits(seed, batch, classes)
     loss = kd_loss(s, t, temperature, direction)
     assert loss >= -1e-12
     assert kd_loss(s, s, temperature, direction).item() == pytest.approx(0, abs=1e-12)
     shift = torch.arange(batch, dtype=torch.float64)[:, None]
-    assert kd_loss(s + shift, t - shift, temperature, direction).item() == pytest.approx(loss.item(), rel=1e-8, abs=1e-12)
+    assert kd_loss(s + shift, t - shift, temperature, direction).item() == pytest.approx(
+        loss.item(), rel=1e-8, abs=1e-12
+    )
     if direction == 'js': assert loss <= temperature**2 * math.log(2)
     other = kd_loss(t, s, temperature, {'forward': 'reverse', 'reverse': 'forward', 'js': 'js'}[direction])
     assert other.item() == pytest.approx(loss.item(), rel=1e-9, abs=1e-12)
@@ -142,7 +154,9 @@ def test_near_the_teacher_the_loss_is_half_the_variance_of_the_change():
     p = (t / 2).softmax(1)
     variance = (p * delta**2).sum(1) - (p * delta).sum(1) ** 2
     for direction, share in (('forward', 1), ('reverse', 1), ('js', 1 / 4)):
-        assert kd_loss(t + delta, t, 2.0, direction).item() == pytest.approx(share * variance.mean().item() / 2, rel=5e-3)
+        assert kd_loss(t + delta, t, 2.0, direction).item() == pytest.approx(
+            share * variance.mean().item() / 2, rel=5e-3
+        )
 
 
 @pytest.mark.parametrize('classes', [2, 3, 10])
@@ -164,10 +178,13 @@ def test_weights_scale_rows_and_keep_the_divisor():
     assert kd_loss(s, t, weight=weight).item() == pytest.approx(expected)
     assert kd_loss(s, t, weight=torch.ones(4)).item() == pytest.approx(sum(rows) / 4)
     for loss in DISTILL_LOSSES:
-        whole, third = (distill_loss(s, t, torch.arange(4), loss, weight=w) for w in (None, torch.tensor(1 / 3)))
+        whole, third = (
+            distill_loss(s, t, torch.arange(4), loss, weight=w) for w in (None, torch.tensor(1 / 3))
+        )
         assert third.item() == pytest.approx(whole.item() / 3)
     with pytest.raises(ValueError, match=r'shape \[4\], got \[4, 1\]'): kd_loss(s, t, weight=weight[:, None])
-    with pytest.raises(ValueError, match='no per-sample weight'): distill_loss(s, t, torch.arange(4), 'dist', weight=weight)
+    with pytest.raises(ValueError, match='no per-sample weight'):
+        distill_loss(s, t, torch.arange(4), 'dist', weight=weight)
 
 
 def test_only_the_student_receives_a_gradient():
@@ -200,7 +217,9 @@ def test_temperature_tensor_equals_the_number():
     y = torch.arange(5)
     for loss in DISTILL_LOSSES:
         number = distill_loss(s, t, y, loss, 3.0)
-        assert distill_loss(s, t, y, loss, torch.tensor(3.0, dtype=torch.float64)).item() == pytest.approx(number.item())
+        assert distill_loss(s, t, y, loss, torch.tensor(3.0, dtype=torch.float64)).item() == pytest.approx(
+            number.item()
+        )
     assert kd_loss(s, t, torch.tensor(-2.0)).isnan() and kd_loss(s, t, torch.tensor(0.0)).isnan()
 
 
@@ -225,7 +244,9 @@ def test_bad_temperatures(temperature):
 
 
 def test_bad_inputs_are_named():
-    with pytest.raises(ValueError, match=r"direction must be one of \('forward', 'reverse', 'js'\), got 'Forward'"):
+    with pytest.raises(
+        ValueError, match=r"direction must be one of \('forward', 'reverse', 'js'\), got 'Forward'"
+    ):
         kd_loss(Z_S, Z_T, direction='Forward')
     for s, t in ((Z_S, Z_T[:, :2]), (Z_S[0], Z_T[0]), (Z_S[:0], Z_T[:0])):
         with pytest.raises(ValueError, match='same non-empty shape'): kd_loss(s, t)
@@ -240,7 +261,7 @@ def test_a_broken_teacher_is_not_hidden():
     for loss in DISTILL_LOSSES: assert distill_loss(s, t, torch.arange(5), loss).isnan(), loss
 
 
-# --- DKD and DIST ---------------------------------------------------------------------------------------------------
+# --- DKD and DIST -------------------------------------------------------------------------------------------
 
 def test_dkd_by_hand():
     tckd, nckd = dkd_parts(Z_S, Z_T, torch.tensor([0]), 2.0)
@@ -271,20 +292,27 @@ def test_dkd_equals_the_authors_masking():
         return torch.stack([(p * hot).sum(1), (p * (1 - hot)).sum(1)], 1)
 
     tckd = F.kl_div(binary(s).log(), binary(t), reduction='sum') * T**2 / 6
-    nckd = F.kl_div((s / T - 1000 * hot).log_softmax(1), (t / T - 1000 * hot).softmax(1), reduction='sum') * T**2 / 6
+    nckd = (
+        F.kl_div((s / T - 1000 * hot).log_softmax(1), (t / T - 1000 * hot).softmax(1), reduction='sum')
+        * T**2
+        / 6
+    )
     assert dkd_loss(s, t, y).item() == pytest.approx((tckd + 8 * nckd).item(), rel=1e-9)
     assert dkd_loss(s, t, y, alpha=3.0, beta=0.0).item() == pytest.approx(3 * tckd.item(), rel=1e-9)
 
 
 def test_dkd_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match='at least 2 classes'): dkd_loss(Z_S[:, :1], Z_T[:, :1], torch.tensor([0]))
+    with pytest.raises(ValueError, match='at least 2 classes'):
+        dkd_loss(Z_S[:, :1], Z_T[:, :1], torch.tensor([0]))
     with pytest.raises(ValueError, match=r'y must have shape \[1\]'): dkd_loss(Z_S, Z_T, torch.ones(1, 3))
 
 
 def test_pearson_equals_scipy_and_ignores_positive_affine_maps():
     a, b = logits(12)
     rho = pearson_rows(a, b)
-    assert rho.tolist() == pytest.approx([stats.pearsonr(x, z).statistic for x, z in zip(a, b, strict=True)], abs=1e-8)
+    assert rho.tolist() == pytest.approx(
+        [stats.pearsonr(x, z).statistic for x, z in zip(a, b, strict=True)], abs=1e-8
+    )
     scale, shift = torch.linspace(0.1, 5, 5)[:, None], torch.linspace(-3, 3, 5)[:, None]
     assert torch.allclose(pearson_rows(scale * a + shift, b), rho, atol=1e-7)
     assert torch.allclose(pearson_rows(a, -b), -rho)
@@ -318,14 +346,22 @@ def test_dist_constant_answers(classes):
         assert gradient(lambda z, c=constant: dist_loss(z, c), t).abs().max() < 1
 
 
-# --- the registry ---------------------------------------------------------------------------------------------------
+# --- the registry -------------------------------------------------------------------------------------------
 
 def test_every_built_in_loss_reaches_its_function():
     s, t = logits(16)
     y = torch.tensor([1, 2, 3, 4, 0])
-    known = {'forward': kd_loss(s, t, 3.0), 'reverse': kd_loss(s, t, 3.0, 'reverse'), 'js': kd_loss(s, t, 3.0, 'js'),
-             'dkd': dkd_loss(s, t, y, 3.0), 'dist': dist_loss(s, t, 3.0), 'mse': mse_loss(s, t)}
-    assert {name: distill_loss(s, t, y, name, 3.0).item() for name in DISTILL_LOSSES} == {k: v.item() for k, v in known.items()}
+    known = {
+        'forward': kd_loss(s, t, 3.0),
+        'reverse': kd_loss(s, t, 3.0, 'reverse'),
+        'js': kd_loss(s, t, 3.0, 'js'),
+        'dkd': dkd_loss(s, t, y, 3.0),
+        'dist': dist_loss(s, t, 3.0),
+        'mse': mse_loss(s, t),
+    }
+    assert {name: distill_loss(s, t, y, name, 3.0).item() for name in DISTILL_LOSSES} == {
+        k: v.item() for k, v in known.items()
+    }
     assert len({round(v.item(), 9) for v in known.values()}) == 6
 
 
@@ -333,19 +369,26 @@ def test_users_add_losses(monkeypatch):
     monkeypatch.setattr(distill, 'DISTILL_LOSSES', dict(DISTILL_LOSSES))
     register_distill_loss('constant', lambda s, t, y, temperature, weight: s.sum() * 0 + 7)
     assert distill_loss(Z_S, Z_T, torch.tensor([0]), 'constant').item() == 7
-    with pytest.raises(ValueError, match="'constant' exists already"): register_distill_loss('constant', lambda *a: Z_S.sum())
+    with pytest.raises(ValueError, match="'constant' exists already"):
+        register_distill_loss('constant', lambda *a: Z_S.sum())
     register_distill_loss('constant', lambda *a: Z_S.sum(), replace=True)
     assert distill_loss(Z_S, Z_T, torch.tensor([0]), 'constant').item() == 1
 
 
-# --- dials ----------------------------------------------------------------------------------------------------------
+# --- schedules ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('kind, start, middle, last', [('const', 4, 4, 4), ('linear', 4, 2.5, 1), ('cosine', 4, 2.5, 1)])
+@pytest.mark.parametrize(
+    'kind, start, middle, last', [('const', 4, 4, 4), ('linear', 4, 2.5, 1), ('cosine', 4, 2.5, 1)]
+)
 def test_schedule_at_start_middle_and_end(kind, start, middle, last):
     end = None if kind == 'const' else 1.0
     assert [schedule(kind, 4.0, t, 11, end=end) for t in (0, 5, 10)] == pytest.approx([start, middle, last])
-    assert [schedule(kind, 4.0, t, 12, warmup=1, end=end) for t in (0, 1, 6, 11)] == pytest.approx([0, start, middle, last])
-    assert schedule(kind, 0.3, 10, 11, end=None if kind == 'const' else 0.1) == (0.3 if kind == 'const' else 0.1)
+    assert [schedule(kind, 4.0, t, 12, warmup=1, end=end) for t in (0, 1, 6, 11)] == pytest.approx(
+        [0, start, middle, last]
+    )
+    assert schedule(kind, 0.3, 10, 11, end=None if kind == 'const' else 0.1) == (
+        0.3 if kind == 'const' else 0.1
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -369,17 +412,23 @@ def test_cosine_leaves_slowly():
     assert cosine[2] == pytest.approx((1 + math.sqrt(0.5)) / 2) and linear[2] == pytest.approx(0.75)
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (('step', 1, 0, 5), r"one of \('const', 'linear', 'cosine'\), got 'step'"), (('const', 1, 0, 0), 'rounds must be at least 1'),
-    (('const', 1, 5, 5), r't must be in 0\.\.4, got 5'), (('const', 1, -1, 5), 't must be in'),
-    (('const', 1, 0, 5, -1), 'warmup must be at least 0'), (('linear', 1, 0, 5), 'needs an end'),
-    (('const', 1, 0, 5, 0, 2.0), 'takes no end'),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (('step', 1, 0, 5), r"one of \('const', 'linear', 'cosine'\), got 'step'"),
+        (('const', 1, 0, 0), 'rounds must be at least 1'),
+        (('const', 1, 5, 5), r't must be in 0\.\.4, got 5'),
+        (('const', 1, -1, 5), 't must be in'),
+        (('const', 1, 0, 5, -1), 'warmup must be at least 0'),
+        (('linear', 1, 0, 5), 'needs an end'),
+        (('const', 1, 0, 5, 0, 2.0), 'takes no end'),
+    ],
+)
 def test_schedule_errors(arguments, message):
     with pytest.raises(ValueError, match=message): schedule(*arguments)
 
 
-# --- gates ----------------------------------------------------------------------------------------------------------
+# --- gates --------------------------------------------------------------------------------------------------
 
 def test_gates_by_hand():
     t = torch.tensor([[3.0, 0, 0, 0], [0, 3, 0, 0], [0, 0, 3, 0], [0, 0, 0, 0]])
@@ -409,7 +458,7 @@ def test_gates_are_detached_and_between_0_and_1(kind):
     assert weight.shape == (() if kind == 'teacher-accuracy' else (50,))
 
 
-# --- gradient ratio -------------------------------------------------------------------------------------------------
+# --- gradient ratio -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('rho', [0.0, 0.5, 2.0])
 def test_grad_ratio_makes_the_lengths_match(rho):
@@ -444,7 +493,7 @@ def test_grad_ratio_corner_cases():
     with pytest.raises(ValueError, match='rho'): GradRatio(rho=-1.0)
 
 
-# --- teachers -------------------------------------------------------------------------------------------------------
+# --- teachers -----------------------------------------------------------------------------------------------
 
 def small_net(seed: int) -> nn.Module:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
@@ -456,7 +505,8 @@ def small_net(seed: int) -> nn.Module:
 def test_ema_is_the_geometric_mean_of_what_arrived():
     decay, arrived = 0.8, [torch.tensor([float(i), -2.0 * i]) for i in range(6)]
     average: dict = {}
-    for i, value in enumerate(arrived): average = ema_update(average, {'w': value, 'n': torch.tensor(i)}, decay)
+    for i, value in enumerate(arrived):
+        average = ema_update(average, {'w': value, 'n': torch.tensor(i)}, decay)
     weights = [decay**5] + [(1 - decay) * decay ** (5 - i) for i in range(1, 6)]
     assert sum(weights) == pytest.approx(1)
     assert torch.allclose(average['w'], sum(w * v for w, v in zip(weights, arrived, strict=True)), atol=1e-6)
@@ -471,7 +521,9 @@ def test_ema_of_a_state_dict():
     assert torch.allclose(average['4.weight'], (a['4.weight'] + b['4.weight']) / 2)
     assert average['1.num_batches_tracked'].item() == 9
     same = ema_update(ema_update({}, a, 0.9), a, 0.9)
-    assert all(torch.equal(same[k], a[k]) and same[k].dtype == a[k].dtype for k in a)  # a constant stays, bit for bit
+    assert all(
+        torch.equal(same[k], a[k]) and same[k].dtype == a[k].dtype for k in a
+    )  # a constant stays, bit for bit
     assert all(torch.equal(ema_update(a, b, 0.0)[k], b[k]) for k in b)  # no memory: what arrived
     for value in (*average.values(), *same.values()): value.zero_()
     assert all(torch.equal(a[k], kept_a[k]) and torch.equal(b[k], kept_b[k]) for k in a)  # nothing is shared
@@ -503,4 +555,5 @@ def test_defect_3_a_teacher_inside_the_student_does_not_stay_still():
     with torch.no_grad(): wrapper['teacher'](x), outside(x)
     assert wrapper['teacher'].training and not outside.training
     assert not torch.equal(wrapper['teacher'][1].running_mean, torch.zeros(4))
-    assert torch.equal(outside[1].running_mean, torch.zeros(4)) and torch.equal(outside[1].running_var, torch.ones(4))
+    assert torch.equal(outside[1].running_mean, torch.zeros(4))
+    assert torch.equal(outside[1].running_var, torch.ones(4))

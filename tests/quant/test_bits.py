@@ -16,7 +16,7 @@ from fedmpqkd.data.images import from_tensors
 from fedmpqkd.federation.server import Server, aggregate, downlink, receive
 from fedmpqkd.learn.client import ClientRound, local_round, starting_planes
 from fedmpqkd.learn.replica import Replica
-from fedmpqkd.learn.vision import Resident
+from fedmpqkd.learn.vision import VisionTask, image_task
 from fedmpqkd.models.vision import layout
 from fedmpqkd.quant.bits import (
     RULES,
@@ -556,9 +556,9 @@ def world():
     "A replica, its data, its manifest and a state whose weights are all different."
     g = torch.Generator().manual_seed(0)
     x, y = torch.randint(0, 256, (48, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(48) % 10
-    replica = Replica(RunConfig(model='resnet8'), 10)
+    replica = Replica(RunConfig(model='resnet8'), image_task(10))
     state = {n: t.clone().contiguous() for n, t in replica.state.items()}
-    data = Resident.of(from_tensors('noise', x, y, x[:20], y[:20], flip=False))
+    data = VisionTask(from_tensors('noise', x, y, x[:20], y[:20], flip=False))
     return replica, data, manifest_of(replica.layout), state
 
 

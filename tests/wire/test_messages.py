@@ -10,7 +10,13 @@ from fedmpqkd.core.config import RunConfig
 from fedmpqkd.models.vision import build_model, layout
 from fedmpqkd.quant.quantize import Planes
 from fedmpqkd.wire.format import Message, decode, encode
-from fedmpqkd.wire.messages import ASSIGNMENT, codebook_names, downlink_entries, manifest_of, received_state
+from fedmpqkd.wire.messages import (
+    ASSIGNMENT,
+    codebook_names,
+    downlink_entries,
+    manifest_of,
+    received_state,
+)
 
 torch.set_num_threads(1)
 

@@ -17,7 +17,17 @@ from sklearn.cluster import KMeans
 from fedmpqkd.core.config import RunConfig
 from fedmpqkd.models.vision import build_model, layout
 from fedmpqkd.quant.quantize import qsgd
-from fedmpqkd.wire.format import Affine, Manifest, Message, Qsgd, WireError, decode, encode, forecast, sizes
+from fedmpqkd.wire.format import (
+    Affine,
+    Manifest,
+    Message,
+    Qsgd,
+    WireError,
+    decode,
+    encode,
+    forecast,
+    sizes,
+)
 from fedmpqkd.wire.updates import (
     Compressor,
     Dithered,
