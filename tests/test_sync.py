@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 from conftest import BIN, ROOT
 
@@ -148,6 +149,9 @@ def test_experiments_take_parameters(path: Path):
     assert len(tagged) == 1
     title = cells(path, "markdown")[0]["source"].splitlines()
     assert "- skip_exec: true" in title, "nbdev_test would run the experiment"
+    names = [n.target.id for n in ast.parse(tagged[0]["source"]).body]
+    seen = list(papermill.inspect_notebook(str(path)))
+    assert seen == names, "papermill skips a line with '=' or ':' in its comment"
 
 
 LINK = re.compile(r"(?<!!)\[[^]]*\]\((?![a-z]+:|#)([^)#\s]+)")  # relative ones, without the part behind '#'
