@@ -53,7 +53,7 @@ from fedmpqkd.federation.server import Average
 from fedmpqkd.learn.client import ClientRound, prepare
 from fedmpqkd.learn.distill import kd_loss
 from fedmpqkd.learn.replica import Clock, Replica
-from fedmpqkd.learn.vision import image_task, local_batches
+from fedmpqkd.learn.vision import VisionTask, image_task, local_batches
 from fedmpqkd.wire.format import FIXED, Manifest, Message, WireError, decode, encode, forecast, sizes
 
 torch.set_num_threads(1)
