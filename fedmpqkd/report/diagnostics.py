@@ -40,7 +40,7 @@ from ..wire.messages import manifest_of
 def replay(
     replica: Replica,  # filled here, and trained
     config: RunConfig,  # the method
-    data: Resident,  # the images of all clients; only those of this one are used
+    data: VisionTask,  # the images of all clients; only those of this one are used
     work: ClientRound,  # who and when
     down: Sequence[bytes],  # what the server sent
 ) -> Iterator[tuple[TrainState, Tensor, Tensor]]:  # training state, images [B, 3, 32, 32], labels [B]
@@ -52,7 +52,7 @@ def replay(
     for epoch in range(config.local_epochs):
         if epoch and train_state.teacher and config.teacher_refresh == 0:
             train_state.teacher.load(replica.state)
-        for position, *views in epoch_batches(len(work.index), config.batch_size, g, data.data.flip):
+        for position, *views in data.epoch(len(work.index), config.batch_size, g):
             x, y = data.batch(work.index[position], *views)  # [B, 3, 32, 32], [B]
             yield train_state, x, y
             local_step(replica, train_state, x, y)

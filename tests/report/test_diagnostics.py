@@ -449,7 +449,7 @@ def test_lag_of_spoilt_statistics(data):
     pool = WorkerPool(config, VisionTask(data), workers=1)
     try:
         good = D.fresh_statistics(pool.replica, {n: t.clone() for n, t in pool.replica.state.items()},
-                                  pool.data, 96)
+                                  pool.task, 96)
         bad = good | {'0.running_mean': torch.full((3,), 1000.0)}
         found, healthy = D.teacher_lag(pool, bad, good, 96, 96), D.teacher_lag(pool, good, good, 96, 96)
     finally: pool.close()
@@ -463,7 +463,7 @@ def test_fresh_statistics_agree_with_the_record(data):
     run = open_run(config, data, workers=1)
     try:
         play(run, [])
-        fresh = D.fresh_statistics(run.pool.replica, deployed(run.server, 4.0), run.pool.data, 1000)
+        fresh = D.fresh_statistics(run.pool.replica, deployed(run.server, 4.0), run.pool.task, 1000)
         accuracy = D.evaluate(run.pool, fresh, torch.arange(40))['accuracy']
         assert accuracy == recalibrated(run)['accuracy_recalibrated']
     finally: run.pool.close()
