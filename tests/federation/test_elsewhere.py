@@ -38,11 +38,14 @@ class Elsewhere(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if self.recording and any(not t.is_meta for t in tensors): raise AssertionError(f'{func} uses memory of the host while recording')
-        if func is aten._local_scalar_dense.default and tensors[0].is_meta: return self.wait(tensors[0].dtype != torch.bool)
+        if self.recording and any(not t.is_meta for t in tensors):
+            raise AssertionError(f'{func} uses memory of the host while recording')
+        if func is aten._local_scalar_dense.default and tensors[0].is_meta:
+            return self.wait(tensors[0].dtype != torch.bool)
         if func is aten._to_copy.default:
             home = kwargs.get('device') is not None and torch.device(kwargs['device']).type == 'cpu'
-            if tensors[0].is_meta and home: return self.wait(torch.zeros(tensors[0].shape, dtype=kwargs.get('dtype') or tensors[0].dtype))
+            if tensors[0].is_meta and home:
+                return self.wait(torch.zeros(tensors[0].shape, dtype=kwargs.get('dtype') or tensors[0].dtype))
         elif func is aten.copy_.default:
             if tensors[1].is_meta and not tensors[0].is_meta: return self.wait(tensors[0].zero_())
         elif func is not aten._foreach_copy_.default and len({t.is_meta for t in tensors if t.dim()}) > 1:
@@ -79,7 +82,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
 def waits(device: Elsewhere, method: str, **fields: Any) -> int:
     "How often a run on the device waits for a number."
     before, data = device.waits, load_dataset('digits').subset(train=50, test=20)
-    with device: record = run_module.run(make_config(method, **FIELDS | EXTRA.get(method, {}) | fields), data, device='meta')
+    with device:
+        record = run_module.run(make_config(method, **FIELDS | EXTRA.get(method, {}) | fields), data, device='meta')
     assert len(record['curve']) == FIELDS['rounds']
     return device.waits - before
 

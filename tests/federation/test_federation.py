@@ -136,7 +136,8 @@ def test_the_teacher_is_the_global_model_and_stays_frozen(monkeypatch):
     result = start(config)
     states = seen[1:]
     assert len(states) == result.curve[0]['steps'] >= 6
-    for state in states: assert all(torch.equal(state[n], states[0][n]) for n in state)  # the same for everybody
+    for state in states:
+        assert all(torch.equal(state[n], states[0][n]) for n in state)  # the same for everybody
     model = build_model('resnet8', 10, config.seed).eval()
     with torch.no_grad(): assert torch.allclose(model(seen[0][0]), seen[0][1], atol=1e-3)
 
@@ -477,7 +478,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path, keep):
     path = journal.folder / 'checkpoint.pt'
     data = path.read_bytes()
     path.write_bytes(data[:int(keep * len(data)) if keep < 1 else keep])
-    with pytest.raises(DamagedCheckpoint, match='checkpoint.pt.*delete'): run(config, digits(), journal, workers=1)
+    with pytest.raises(DamagedCheckpoint, match='checkpoint.pt.*delete'):
+        run(config, digits(), journal, workers=1)
     with journal.claim(): pass  # and the claim has been given back
 
 

@@ -122,10 +122,12 @@ def test_defect_02_normalisation_and_biases_are_quantised(world):
     assert squeeze(gamma, 2).tolist() == pytest.approx([.72, 1.08, 1.08, 0], abs=1e-6)
 
     state = dict(world.state)
-    for name in ('bn1.weight', 'bn1.bias', 'fc.bias'): state[name] = gamma.repeat(4)[:len(state[name])].clone()
+    for name in ('bn1.weight', 'bn1.bias', 'fc.bias'):
+        state[name] = gamma.repeat(4)[:len(state[name])].clone()
     message = encode(Message(0, 0, 0, 0, downlink_entries(state, world.replica.layout, [2] * 8)), world.manifest)
     arrived = decode(message, world.manifest).dense()
-    for name in (*world.replica.layout.others, *world.replica.layout.buffers): assert torch.equal(arrived[name], state[name])
+    for name in (*world.replica.layout.others, *world.replica.layout.buffers):
+        assert torch.equal(arrived[name], state[name])
     assert len(arrived['conv1.weight'].unique()) <= 7
     assert {state[n].dim() for n in world.replica.layout.quantized} == {2, 4}
 
@@ -168,7 +170,8 @@ def test_defect_04_what_crosses_is_full_precision_and_uncounted(world):
     up, full = decode(result.message, world.manifest), encode(Message(0, 0, 0, 0, world.state), world.manifest)
     for data in (down, result.message):
         assert isinstance(data, bytes) and len(data) < len(full) / 4
-        for n in world.replica.layout.quantized: assert len(decode(data, world.manifest).dense()[n].unique()) <= 31
+        for n in world.replica.layout.quantized:
+            assert len(decode(data, world.manifest).dense()[n].unique()) <= 31
     assert not torch.equal(up.dense()['fc.weight'], decode(down, world.manifest).dense()['fc.weight'])
 
 

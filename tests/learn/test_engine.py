@@ -38,7 +38,8 @@ class Tape(TorchDispatchMode):
         memory = lambda t: t.untyped_storage().data_ptr() if isinstance(t, torch.Tensor) else 0
         inputs = {0, *map(memory, tree_leaves((args, kwargs)))}
         places = [None if memory(t) in inputs else t for t in tree_leaves(out)]  # None: a view, or written in place
-        if func._schema.is_mutable or any(place is not None for place in places): self.calls.append((func, args, kwargs, places))
+        if func._schema.is_mutable or any(place is not None for place in places):
+            self.calls.append((func, args, kwargs, places))
         return out
 
     @torch.inference_mode()
@@ -84,7 +85,8 @@ def test_steps_with_a_mind_of_their_own_are_not_recorded(method, field):
 class NoQuestions(TorchDispatchMode):
     "Raises where a tensor becomes a Python number, which makes a GPU wait."
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default: raise AssertionError('a number was read back from the device')
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError('a number was read back from the device')
         return func(*args, **kwargs or {})
 
 
