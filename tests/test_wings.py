@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-WINGS = ("core", "quant", "data", "models", "wire", "evaluate", "learn", "federation", "study", "report", "bench", "tools")
+WINGS = ("core", "quant", "data", "models", "wire", "evaluate", "learn", "federation", "study", "report", "bench",
+         "tools")
 PACKAGE = ROOT / "fedmpqkd"
 
 
