@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / 'fedmpqkd'
 MODULES = ('core.config', 'core.journal', 'data.images', 'data.partition', 'models.vision', 'quant.quantize',
-           'quant.bits', 'learn.distill', 'learn.client', 'wire.format', 'wire.messages', 'federation.server', 'federation.methods',
+           'quant.bits', 'learn.distill', 'learn.client', 'wire.format', 'wire.messages',
+           'federation.server', 'federation.methods',
            'federation.run', 'evaluate.metrics')
 FORBIDDEN = ('fastcore', 'papermill', 'IPython', 'matplotlib', 'sklearn', 'nbdev', 'ipywidgets', 'ipykernel')
 PROGRAM = f'''
@@ -53,8 +54,9 @@ def outcome(tmp_path_factory):
     "Run in an empty folder, with nothing but a link to the package on the path."
     folder = tmp_path_factory.mktemp('bare')
     (folder / 'fedmpqkd').symlink_to(PACKAGE)
-    return subprocess.run([sys.executable, '-c', PROGRAM], cwd=folder, capture_output=True, text=True, timeout=600,
-                          env=dict(PATH='/usr/bin:/bin', PYTHONPATH=str(folder), OMP_NUM_THREADS='1', HOME=str(folder)))
+    env = dict(PATH='/usr/bin:/bin', PYTHONPATH=str(folder), OMP_NUM_THREADS='1', HOME=str(folder))
+    program = [sys.executable, '-c', PROGRAM]
+    return subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=600, env=env)
 
 
 def test_a_round_without_notebook_tools(outcome):

@@ -54,7 +54,8 @@ def gradient_norm(
     logits: Tensor,  # that it was made from
 ) -> Tensor:  # 0-dim
     "Length of a loss's gradient with respect to the logits."
-    return torch.linalg.vector_norm(torch.autograd.grad(loss, logits, retain_graph=True)[0])
+    gradient, = torch.autograd.grad(loss, logits, retain_graph=True)
+    return torch.linalg.vector_norm(gradient)
 
 def teacher_logits(
     train_state: TrainState,  # with a teacher

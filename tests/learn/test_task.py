@@ -98,8 +98,8 @@ def language(monkeypatch):
     return Sentences("markov", speak(400, 0), speak(600, 1), torch.arange(400) % 4)
 
 
-FIELDS = dict(clients=4, rounds=6, local_epochs=2, batch_size=20, lr=0.2, partition="dirichlet", dirichlet=1.0,
-              eval_images=200, bits=4, kd_warmup_rounds=1)
+FIELDS = dict(clients=4, rounds=6, local_epochs=2, batch_size=20, lr=0.2, partition="dirichlet",
+              dirichlet=1.0, eval_images=200, bits=4, kd_warmup_rounds=1)
 
 
 @pytest.mark.parametrize("method, alpha, slack", [
