@@ -55,7 +55,8 @@ def gradient_norm(
 ) -> Tensor:  # 0-dim
     "Length of a loss's gradient with respect to the logits."
     gradient, = torch.autograd.grad(loss, logits, retain_graph=True)
-    return torch.linalg.vector_norm(gradient)
+    length: Tensor = torch.linalg.vector_norm(gradient)
+    return length
 
 def teacher_logits(
     train_state: TrainState,  # with a teacher
