@@ -12,8 +12,8 @@ import inspect
 import sys
 from typing import Any
 
-from .study import axes
 from .core.config import RunConfig
+from .study import axes
 from .study.experiments import EXPERIMENTS, run_experiment
 
 # %% ../nbs/tools/81_command.ipynb #3365f9e1

@@ -20,7 +20,7 @@ COMPONENTS = [p for p in NOTEBOOKS if p.stem[0].isdigit()]
 EXPERIMENTS = [p for p in NOTEBOOKS if p.stem.startswith("exp")]
 MODULES = sorted(ROOT.glob("fedmpqkd/**/*.py"))
 BARE = sorted(p for wing in ("core", "quant", "data", "models", "wire", "learn", "evaluate", "federation", "study")
-              for p in (ROOT / "fedmpqkd" / wing).glob("*.py"))
+              for p in (ROOT / "fedmpqkd" / wing).glob("[!_]*.py"))
 ON_A_BARE_MACHINE = {"fedmpqkd", "numpy", "torch", "torchvision", "timm", "pandas", "pyarrow", "PIL"}
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

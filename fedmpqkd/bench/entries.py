@@ -26,7 +26,7 @@ from ..data.partition import split
 from ..federation.methods import make_config
 from ..federation.rounds import open_run, participants
 from ..federation.run import play
-from ..learn.vision import Resident, local_batches
+from ..learn.vision import VisionTask, local_batches
 from ..models.vision import build_model
 
 # %% ../../nbs/bench/19_entries.ipynb #b8b8c52c
@@ -135,7 +135,7 @@ def ours(job: Job) -> Timing:
 # %% ../../nbs/bench/19_entries.ipynb #71bb1b47
 def train_bare(
     model: nn.Module,  # trained in place
-    data: Resident,  # everybody's images
+    data: VisionTask,  # everybody's images
     part: Tensor,  # the client's
     config: RunConfig,  # rates, batches, precision
     round: int, client: int,  # name the stream of batches
@@ -171,7 +171,7 @@ def evaluate_bare(
 def bare(job: Job) -> Timing:
     "Federated averaging as a plain loop."
     w, config = job.workload, config_of(job)
-    data = Resident.of(load_images(w), job.device)
+    data = VisionTask(load_images(w), job.device)
     parts = [torch.from_numpy(p) for p in split(data.labels.cpu().numpy(), w.clients, w.partition, config.seed, w.dirichlet).parts]
     model = build_model(w.model, w.classes, config.seed).to(job.device).to(memory_format=torch.channels_last)
     state = {n: t.clone() for n, t in model.state_dict().items()}

@@ -21,10 +21,10 @@ from unittest import mock
 
 import torch
 
-from ..federation import rounds, server
 from .entries import Job, config_of, load_images
 from ..core.config import RunConfig
 from ..evaluate.costs import training_flops
+from ..federation import rounds, server
 from ..federation.rounds import open_run
 
 # %% ../../nbs/bench/19a_machine.ipynb #69843b44

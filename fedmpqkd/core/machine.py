@@ -26,11 +26,12 @@ def _cpu_name() -> str:
             if line.startswith('model name'): return line.split(':', 1)[1].strip()
     return platform.processor() or platform.machine()
 
+# %% ../../nbs/core/01c_machine.ipynb #b9be071b
 def has_bf16(
     device: str | torch.device = 'cpu',  # where it would run
 ) -> bool:  # True only if the hardware multiplies bf16 itself; emulation is many times slower than fp32
     "Does this hardware have bf16?"
-    if torch.device(device).type == 'cuda': return torch.cuda.is_bf16_supported()
+    if torch.device(device).type == 'cuda': return bool(torch.cuda.is_bf16_supported())
     probes = [getattr(torch.cpu, n, None) for n in ('_is_amx_tile_supported', '_is_avx512_bf16_supported')]
     return torch.device(device).type == 'cpu' and any(p() for p in probes if p)
 
@@ -43,7 +44,8 @@ def environment(
     return dict(
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else _cpu_name(),
         cores=os.cpu_count(), bf16=has_bf16(device), capability=torch.backends.cpu.get_cpu_capability(),
-        system=platform.system(), python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+        system=platform.system(), python=platform.python_version(), torch=torch.__version__,
+        numpy=np.__version__)
 
 # %% ../../nbs/core/01c_machine.ipynb #4ce605d4
 def commit(
@@ -51,6 +53,11 @@ def commit(
 ) -> str:  # hash, with '+' if the tree had changes; '' outside a repository
     "The commit that made a record."
     def git(*args: str) -> str:
-        return subprocess.run(['git', *args], cwd=root or project_root(), capture_output=True, text=True, check=True).stdout.strip()
-    try: return git('rev-parse', 'HEAD')[:12] + ('+' if git('status', '--porcelain', '--', 'nbs', 'fedmpqkd') else '')
+        where = root or project_root()
+        done = subprocess.run(['git', *args], cwd=where, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git('status', '--porcelain', '--', 'nbs', 'fedmpqkd')
+        return git('rev-parse', 'HEAD')[:12] + ('+' if changed else '')
     except (OSError, subprocess.CalledProcessError): return ''

@@ -14,7 +14,8 @@ STREAMS = {name: number for number, name in enumerate(
     ('partition', 'init', 'participation', 'dropout', 'loader', 'quantiser', 'noise', 'attack'))}
 
 def _seed_sequence(seed: int, stream: str, round: int, client: int) -> np.random.SeedSequence:
-    if stream not in STREAMS: raise ValueError(f'unknown random stream {stream!r}; there are {sorted(STREAMS)}')
+    if stream not in STREAMS:
+        raise ValueError(f'unknown random stream {stream!r}; there are {sorted(STREAMS)}')
     return np.random.SeedSequence([seed, STREAMS[stream], round, client])
 
 # %% ../../nbs/core/01a_streams.ipynb #58a6506b

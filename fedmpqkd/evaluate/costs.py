@@ -40,14 +40,16 @@ from ..wire.messages import downlink_entries
 # %% ../../nbs/evaluate/13a_costs.ipynb #504098a7
 def entries_at(
     model: nn.Module,  # any network
-    bits: int | Sequence[int] = 4,  # N without the sign: one for all quantised layers, or one for each; 32 sends fp32
+    bits: int | Sequence[int] = 4,  # N without the sign, for all quantised layers or for each; 32 sends fp32
 ) -> dict[str, Any]:  # name -> tensor or planes
     "A model's state as a message would hold it."
     shape, state = layout(model), model.state_dict()
     if isinstance(bits, int) and bits == 32: return state
-    each = [bits] * len(shape.quantized) if isinstance(bits, int) else list(bits)
-    if len(each) != len(shape.quantized):
-        raise ValueError(f'{len(each)} bit-widths for {len(shape.quantized)} quantised layers: give one, or one for each')
+
+    layers = len(shape.quantized)
+    each = [bits] * layers if isinstance(bits, int) else list(bits)
+    if len(each) != layers:
+        raise ValueError(f'{len(each)} bit-widths for {layers} quantised layers: give one, or one for each')
     return downlink_entries(state, shape, each)
 
 # %% ../../nbs/evaluate/13a_costs.ipynb #3d6f1879
@@ -56,15 +58,21 @@ def cost_table(
     classes: int,  # outputs
     bits: int | Sequence[int] = 4,  # as for `entries_at`
     act_bits: int = 32,  # bits of the activations
-) -> pd.DataFrame:  # one row: model, bits, parameters, macs, flops, bops (for one image), bytes_fp32, bytes (of one message)
-    "What a network costs at an assignment of bits."
+) -> pd.DataFrame:  # one row; macs, flops and bops for one image, bytes_fp32 and bytes of one message
+    "What a network costs at given bits: model, bits, parameters, macs, flops, bops, bytes_fp32, bytes."
     if not 1 <= act_bits <= 32: raise ValueError(f'act_bits={act_bits}: must be in [1, 32]')
     model = build_model(name, classes)
-    entries, shape, macs, inside = entries_at(model, bits), layout(model), layer_macs(model), attention_macs(model)
+    entries, shape = entries_at(model, bits), layout(model)
+
     widths = {n: e.bits for n, e in entries.items() if isinstance(e, Planes)}
     mean = np.average([widths.get(n, 32) for n in shape.quantized], weights=shape.sizes())
-    length = lambda message: forecast(Message(0, 0, 0, 0, message))['total']
+
+    macs, inside = layer_macs(model), attention_macs(model)
     total = sum(macs.values()) + inside
+
+    def length(message: dict[str, Any]) -> int:
+        return forecast(Message(0, 0, 0, 0, message))['total']
+
     return pd.DataFrame([dict(
         model=name, bits=float(mean), parameters=count_parameters(model), macs=total, flops=2 * total,
         bops=count_bops(macs, widths, act_bits) + inside * act_bits**2,
@@ -96,8 +104,11 @@ def latency(
     repeats: int = 20,  # calls that do
 ) -> dict[str, Any]:  # median, quartiles (seconds a call), n (calls), images, device, threads
     "Seconds that a prediction takes."
-    if warmup < 0 or repeats < 1: raise ValueError(f'warmup={warmup}, repeats={repeats}: at least 0 and 1 are needed')
+    if warmup < 0 or repeats < 1:
+        raise ValueError(f'warmup={warmup}, repeats={repeats}: at least 0 and 1 are needed')
+
     for _ in range(warmup): predict(images)
+
     seconds = []
     for _ in range(repeats):
         synchronize(images.device)
@@ -105,6 +116,7 @@ def latency(
         predict(images)
         synchronize(images.device)
         seconds.append(time.perf_counter() - start)
+
     low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
     return dict(median=median, quartiles=(low, high), n=repeats, images=len(images),
                 device=environment(images.device)['device'], threads=torch.get_num_threads())
@@ -120,6 +132,7 @@ def student_and_teacher(
     "The deployed quantised model and its full-precision teacher."
     model = build_model(name, classes)
     model.load_state_dict(state)
+
     made = {}
     for role, values in dict(student=dense(entries_at(model, bits)), teacher=state).items():
         model.load_state_dict(values)
@@ -133,24 +146,27 @@ def latency_table(
     warmup: int = 5,  # calls that do not count
     repeats: int = 20,  # calls that do
 ) -> pd.DataFrame:  # a row for each: median, low, high (milliseconds), n, images, device, threads
-    "Latencies side by side."
+    "Latencies of several predictors."
     rows = []
     for role, predict in predictors.items():
         found = latency(predict, images, warmup, repeats)
         low, high = found.pop('quartiles')
-        rows.append(dict(role=role, median=1e3 * found.pop('median'), low=1e3 * low, high=1e3 * high) | found)
+        milliseconds = dict(median=1e3 * found.pop('median'), low=1e3 * low, high=1e3 * high)
+        rows.append(dict(role=role) | milliseconds | found)
     return pd.DataFrame(rows).set_index('role')
 
 # %% ../../nbs/evaluate/13a_costs.ipynb #34c19846
 def peak_memory(
     device: int = 0,  # which GPU
 ) -> dict[str, float | None]:  # MiB: rss, vram_allocated, vram_reserved, vram_in_use; None without CUDA
-    "High-water marks of this process, and what its GPU has in use at this moment."
-    peak: dict[str, float | None] = dict(rss=peak_memory_mib()['rss'], vram_allocated=None, vram_reserved=None, vram_in_use=None)
+    "Peaks of this process, and what its GPU has in use at this moment."
+    peak: dict[str, float | None] = dict(
+        rss=peak_memory_mib()['rss'], vram_allocated=None, vram_reserved=None, vram_in_use=None)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info(device)
         peak |= dict(vram_allocated=torch.cuda.max_memory_allocated(device) / 2**20,
-                     vram_reserved=torch.cuda.max_memory_reserved(device) / 2**20, vram_in_use=(total - free) / 2**20)
+                     vram_reserved=torch.cuda.max_memory_reserved(device) / 2**20,
+                     vram_in_use=(total - free) / 2**20)
     return peak
 
 # %% ../../nbs/evaluate/13a_costs.ipynb #f3f7c651
@@ -160,26 +176,29 @@ def gpu_utilisation(
     "How busy the GPU is at this moment."
     if not torch.cuda.is_available(): return None
     try: return float(torch.cuda.utilization(device))
-    except Exception: return None  # pynvml is not there, or refuses: it has its own errors for that
+    except Exception: return None  # pynvml is missing, or raises an error of its own
 
 # %% ../../nbs/evaluate/13a_costs.ipynb #fa8c1709
 _T = TypeVar('_T')
 
 def watched(
     function: Callable[[], _T],  # the work
-    gauge: Callable[[], float | None] = gpu_utilisation,  # read again and again
+    gauge: Callable[[], float | None] = gpu_utilisation,  # read repeatedly
     every: float = 0.1,  # seconds between readings
 ) -> tuple[_T, list[float]]:  # what the work returned, and the readings; [] where the gauge has none
-    "Work, and what a gauge showed meanwhile."
+    "Do some work, and read a gauge meanwhile."
     if every <= 0: raise ValueError(f'every={every}: must be positive')
     done, seen = threading.Event(), []
+
     def look() -> None:
         while True:
             if (value := gauge()) is not None: seen.append(float(value))
             if done.wait(every): return
+
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
-    try: result = function()
+    try:
+        result = function()
     finally:
         done.set()
         thread.join()
@@ -190,19 +209,22 @@ def trace(
     function: Callable[[], Any],  # the work, for instance one round
     path: str | Path,  # of the Chrome trace, '....json'
     top: int = 10,  # rows of the table
-) -> pd.DataFrame:  # a row per operator: calls, cpu_ms, device_ms (its own time, without what it calls), share in percent
+) -> pd.DataFrame:  # a row per operator: calls, cpu_ms and device_ms without what it calls, share in percent
     "Profile some work: a trace in a file, and the operators that cost most."
     if top < 1: raise ValueError(f'top={top}: must be at least 1')
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler's own chatter, which carries times
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # silences the profiler's own messages, which carry times
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available(): kinds.append(torch.profiler.ProfilerActivity.CUDA)
     everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-    with torch.profiler.profile(activities=kinds, experimental_config=everywhere) as profiler: function()
+    with torch.profiler.profile(activities=kinds, experimental_config=everywhere) as profiler:
+        function()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
-    rows = [dict(operator=e.key, calls=e.count, cpu_ms=e.self_cpu_time_total / 1e3, device_ms=e.self_device_time_total / 1e3)
-            for e in profiler.key_averages()]
+
+    rows = [dict(operator=e.key, calls=e.count, cpu_ms=e.self_cpu_time_total / 1e3,
+                 device_ms=e.self_device_time_total / 1e3) for e in profiler.key_averages()]
     if not rows: raise ValueError('nothing was profiled: the work called no operator of PyTorch')
+
     by = 'device_ms' if any(r['device_ms'] for r in rows) else 'cpu_ms'
     frame = pd.DataFrame(rows).sort_values(by, ascending=False, kind='stable')
     return frame.assign(share=100 * frame[by] / frame[by].sum()).head(top).set_index('operator')
@@ -212,15 +234,17 @@ _CLOCKED = ('evaluate', 'distil', 'exchange')  # phases of the server, or of all
 
 def phases_table(
     record: dict[str, Any],  # of a finished run
-) -> pd.DataFrame:  # a row per phase: seconds (all rounds), per_round (median), share (percent of the clients' phases; NaN for others)
-    "Where the time of a run went."
+) -> pd.DataFrame:  # a row per phase: seconds of all rounds, per_round (median), share (percent)
+    "Where the time of a run went; the share is that of the clients' phases, and NaN for the others."
     rounds = [line.get('phases', {}) for line in record['curve']]
     names = list(dict.fromkeys(name for phases in rounds for name in phases))
     if not names: raise ValueError('this record has no phases')
+
     rows = pd.DataFrame([[phases.get(name, 0.0) for name in names] for phases in rounds], columns=names)
     frame = pd.DataFrame(dict(seconds=rows.sum(), per_round=rows.median())).rename_axis('phase')
     theirs = frame.seconds.where(~frame.index.isin(_CLOCKED))
-    return frame.assign(share=100 * theirs / theirs.sum()).sort_values('seconds', ascending=False, kind='stable')
+    frame = frame.assign(share=100 * theirs / theirs.sum())
+    return frame.sort_values('seconds', ascending=False, kind='stable')
 
 # %% ../../nbs/evaluate/13a_costs.ipynb #1c53f245
 def transfer_times(
@@ -228,10 +252,11 @@ def transfer_times(
     bytes_down: float,  # that it receives
     bandwidth: float | tuple[float, float],  # bits per second, or (up, down)
 ) -> tuple[float, float]:  # seconds up, seconds down
-    "How long the messages of one client are on their way."
+    "Transfer times of one client's messages."
     up, down = bandwidth if isinstance(bandwidth, tuple) else (bandwidth, bandwidth)
     if min(up, down) <= 0: raise ValueError(f'bandwidth={bandwidth}: must be positive')
-    if min(bytes_up, bytes_down) < 0: raise ValueError(f'{bytes_up} bytes up, {bytes_down} bytes down: neither can be negative')
+    if min(bytes_up, bytes_down) < 0:
+        raise ValueError(f'{bytes_up} bytes up, {bytes_down} bytes down: neither can be negative')
     return 8 * bytes_up / up, 8 * bytes_down / down
 
 # %% ../../nbs/evaluate/13a_costs.ipynb #58b515c0
@@ -240,10 +265,11 @@ def round_time(
     bytes_down: float,  # that it receives
     seconds: float,  # that it computes
     bandwidth: float | tuple[float, float],  # bits per second, or (up, down)
-    latency: float = 0.0,  # seconds of a round without any bytes
+    latency: float = 0.0,  # seconds that do not depend on bytes
 ) -> float:  # seconds
     "One client's round on a given network."
-    if min(seconds, latency) < 0: raise ValueError(f'seconds={seconds}, latency={latency}: neither can be negative')
+    if min(seconds, latency) < 0:
+        raise ValueError(f'seconds={seconds}, latency={latency}: neither can be negative')
     return sum(transfer_times(bytes_up, bytes_down, bandwidth)) + latency + seconds
 
 # %% ../../nbs/evaluate/13a_costs.ipynb #187bde39
@@ -253,7 +279,7 @@ def slowest(
     generator: np.random.Generator,  # of a named stream
 ) -> float:  # seconds
     "A round that waits for its last client."
-    if not len(times): raise ValueError('a round without clients takes no time that could be told')
+    if not len(times): raise ValueError('a round without clients has no duration')
     if sigma < 0: raise ValueError(f'sigma={sigma}: must be at least 0')
     return float(np.max(np.asarray(times) * np.exp(sigma * generator.standard_normal(len(times)))))
 
@@ -265,8 +291,9 @@ class Power:
     receive: float = 2.0  # radio that receives
     compute: float = 10.0  # training
 
-    def __post_init__(self):
-        if min(self.transmit, self.receive, self.compute) < 0: raise ValueError(f'{self}: no power can be negative')
+    def __post_init__(self) -> None:
+        if min(self.transmit, self.receive, self.compute) < 0:
+            raise ValueError(f'{self}: no power can be negative')
 
 POWER = Power()
 
@@ -280,6 +307,7 @@ def round_energy(
 ) -> dict[str, float]:  # joules: transmit, receive, compute, total
     "Energy of one client's round under declared powers."
     if seconds < 0: raise ValueError(f'seconds={seconds}: cannot be negative')
+
     up, down = transfer_times(bytes_up, bytes_down, bandwidth)
     parts = dict(transmit=power.transmit * up, receive=power.receive * down, compute=power.compute * seconds)
     return parts | dict(total=sum(parts.values()))

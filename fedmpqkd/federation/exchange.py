@@ -26,22 +26,22 @@ from ..core.config import RunConfig
 from ..core.streams import rng, torch_rng
 from ..data.images import Dataset, normalize
 from ..data.partition import Partition
+from .evaluation import Protocol, evaluate_round
 from .pool import evaluate
-from fedmpqkd.federation.rounds import (
-    Protocol,
-    Run,
-    evaluate_round,
-    longest_first,
-    participants,
-    run_round,
-    summary_of,
-)
+from .rounds import Run, longest_first, participants, run_round, summary_of
 from .server import Average, aggregate, downlink, receive
-from ..learn.client import ClientRound, finished_planes, prepare, train, training_log, uplink_entries
+from fedmpqkd.learn.client import (
+    ClientRound,
+    finished_planes,
+    prepare,
+    train,
+    training_log,
+    uplink_entries,
+)
 from ..learn.distill import kd_loss
 from ..learn.replica import Clock, Replica
 from ..learn.step import TrainState, take_step
-from ..learn.vision import Resident, epoch_batches
+from ..learn.vision import VisionTask, as_vision, epoch_batches
 from fedmpqkd.wire.format import (
     Codec,
     Entry,
@@ -109,7 +109,7 @@ def public_and_private(
     run: Run,  # a federation at work
 ) -> tuple[Public, Partition, bool]:  # public set, who holds the rest, whether clients hold public images
     "The public set of a run, and what it leaves to the clients."
-    data = run.pool.data.data
+    data = as_vision(run.pool.task, 'exchange').data
     index = public_indices(run.config, len(data.train_x), run.validation)
     private = remove_public(run.partition, index)
     return Public(torch.from_numpy(index), data), private, private is run.partition
@@ -289,7 +289,7 @@ def own_model(
 # %% ../../nbs/federation/12d_exchange.ipynb #3dffaab4
 def study(
     replica: Replica,  # a worker's networks
-    data: Resident,  # all images; only those of `work` are used
+    data: VisionTask,  # all images; only those of `work` are used
     work: ClientRound,  # who and when
     received: list[Message],  # the model to start from
     public: Public,  # digested before
@@ -358,6 +358,7 @@ def visit(
 ) -> Answer:
     "One client's part of a round."
     c, replica, manifest = run.config, run.pool.replica, run.server.manifest
+    task = as_vision(run.pool.task, 'exchange')
     if fails and c.dropout_stage == 'before_download': return Answer()
     model, logits = letters(run, public, mean, client, round)
     down = model + logits
@@ -366,7 +367,7 @@ def visit(
     target = decode(logits[0], public.manifest).dense()[LOGITS].float() if logits else None  # [P, C]
     received = [decode(m, manifest) for m in model] or [own_model(run, client, round)]
     work = ClientRound(client, round, index)
-    trained, log = study(replica, run.pool.data, work, received, public, target, c)
+    trained, log = study(replica, task, work, received, public, target, c)
     try: sent, up = replies(run, public, trained)
     except WireError as why: return Answer(down, (), log | dict(failed=str(why)))
     if not model:

@@ -20,17 +20,9 @@ from torch import Tensor
 
 from ..core.config import RunConfig
 from ..core.streams import rng, torch_rng
+from .evaluation import Protocol, evaluate_round
 from .pool import evaluate
-from fedmpqkd.federation.rounds import (
-    Memories,
-    Protocol,
-    Run,
-    evaluate_round,
-    longest_first,
-    participants,
-    summary_of,
-    visit,
-)
+from .rounds import Memories, Run, longest_first, participants, summary_of, visit
 from .server import Average, Server, deployed
 from ..learn.client import Result
 from ..learn.replica import Clock

@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.config import RunConfig, run_id
 from ..core.journal import packed, write_atomic
 from ..core.streams import torch_rng
 from ..data.images import Dataset, cache_folder, stratified_indices
-from .pool import evaluate
+from .pool import evaluate, task_of
 from .rounds import Start, open_run, run_round
 from ..learn.replica import Replica
-from ..learn.vision import Resident, epoch_batches
+from ..learn.task import Task
 
 # %% ../../nbs/federation/12b_warmstart.ipynb #4fa2a3c9
 _CENTRAL = ('dataset', 'train_images', 'test_images', 'model', 'batch_size', 'precision', 'extension')
@@ -52,7 +51,7 @@ def after_fedavg(
     run = open_run(replace(config, warm_start='none'), data, device, workers)
     try:
         for round in range(rounds): run_round(run, round)
-        accuracy = evaluate(run.pool, run.server.state, torch.arange(len(data.test_y)))['accuracy']
+        accuracy = evaluate(run.pool, run.server.state, torch.arange(len(run.pool.task.test_targets)))['accuracy']
     finally: run.pool.close()
     total = run.meter.total
     cost = dict(start=config.warm_start, accuracy=accuracy, bytes_down=total['down'], bytes_up=total['up'])
@@ -69,7 +68,7 @@ def public_half(
 # %% ../../nbs/federation/12b_warmstart.ipynb #51835b1c
 def train_centrally(
     replica: Replica,  # trained in place
-    data: Resident,  # images
+    task: Task,  # samples
     index: Tensor,  # which of them
     config: RunConfig,  # batch size, seed
     epochs: int,  # passes
@@ -82,11 +81,11 @@ def train_centrally(
     for epoch in range(epochs):
         for group in optimizer.param_groups:
             group['lr'] = config.lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        for position, *views in epoch_batches(len(index), config.batch_size, g, data.data.flip):
-            x, y = data.batch(index[position], *views)  # [B, 3, H, W], [B]
+        for position, *views in task.epoch(len(index), config.batch_size, g):
+            x, y = task.batch(index[position], *views)  # [B, ...], [B] or [B, T]
             replica.model.train(len(x) > 1)
             with torch.autocast(replica.device.type, torch.bfloat16, enabled=config.precision == 'bf16'):
-                loss = F.cross_entropy(replica.model(x), y)
+                loss = task.loss(replica.model(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -102,10 +101,11 @@ def after_public(
     "A state trained on the public half."
     run = open_run(replace(config, warm_start='none'), data, device, workers)
     try:
-        index = torch.from_numpy(public_half(data.train_y.cpu())[0])
-        train_centrally(run.pool.replica, run.pool.data, index, config, epochs)
+        task = run.pool.task
+        index = torch.from_numpy(public_half(task.true_labels.cpu())[0])
+        train_centrally(run.pool.replica, task, index, config, epochs)
         state = {n: t.detach().cpu().contiguous().clone() for n, t in run.pool.replica.state.items()}
-        accuracy = evaluate(run.pool, state, torch.arange(len(data.test_y)))['accuracy']
+        accuracy = evaluate(run.pool, state, torch.arange(len(run.pool.task.test_targets)))['accuracy']
     finally: run.pool.close()
     return dict(state=state, cost=dict(start=config.warm_start, accuracy=accuracy, images=len(index)))
 
@@ -128,11 +128,12 @@ def starting_point(
 ) -> Start:
     "The model, the images and the cost that a run begins with."
     kind, _, number = config.warm_start.partition(':')
-    scratch = Start.scratch(len(data.train_y))
+    labels = task_of(data, device).true_labels.cpu()
+    scratch = Start.scratch(len(labels))
     if kind == 'none': return scratch
 
     before, make = start_config(config), after_fedavg if kind == 'fedavg' else after_public
     path = cache_folder() / 'starts' / f'{run_id(before, data.fingerprint)}.pt'
     found = cached(path, lambda: make(before, data, device, workers, int(number)))
-    private = scratch.private if kind == 'fedavg' else public_half(data.train_y.cpu())[1]
+    private = scratch.private if kind == 'fedavg' else public_half(labels)[1]
     return Start(private, scratch.images, found['state'], found['cost'])

@@ -10,6 +10,7 @@ __all__ = ['Planes', 'check_bits', 'round_stochastic', 'quantize', 'peaks', 'qua
 # %% ../../nbs/quant/05_quantize.ipynb #d2cfae7d
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ def check_bits(
     most: int = 8,  # largest allowed
 ) -> int:  # bits
     "Refuse a precision that the quantisers do not have."
-    if bits != int(bits) or not 1 <= bits <= most: raise ValueError(f'bits={bits}: must be a whole number from 1 to {most}')
+    if bits != int(bits) or not 1 <= bits <= most:
+        raise ValueError(f'bits={bits}: must be a whole number from 1 to {most}')
     return int(bits)
 
 # %% ../../nbs/quant/05_quantize.ipynb #598d76dc
@@ -44,7 +46,8 @@ def round_stochastic(
     generator: torch.Generator | None = None,  # CPU generator of a named stream
 ) -> Tensor:  # floor or ceil of x, and x on average
     "Round up with the probability of the fractional part: unbiased."
-    noise, low = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device), torch.floor(x)
+    noise = torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    low = torch.floor(x)
     return low + (noise >= 1 - (x - low))
 
 # %% ../../nbs/quant/05_quantize.ipynb #39991f03
@@ -57,8 +60,10 @@ def quantize(
     "Sign-magnitude quantisation of FedMPQ."
     top = 2**check_bits(bits) - 1
     scale = w.abs().max() if scale is None else scale
+
     u = w.abs().mul_(top / scale) if scale > 0 else torch.zeros_like(w)
     r = (u.round_() if generator is None else round_stochastic(u, generator)).clamp_(max=top)
+
     level = r.copysign_(w).to(torch.int16)
     return Planes(level.abs().to(torch.uint8), (level >> 15 | 1).to(torch.int8), float(scale), bits)
 
@@ -70,6 +75,7 @@ def peaks(
     low, high = (torch.stack(column) for column in zip(*(w.aminmax() for w in ws), strict=True))
     return torch.maximum(high, -low)
 
+# %% ../../nbs/quant/05_quantize.ipynb #b0696c0f
 def quantize_all(
     ws: list[Tensor],  # weights of the layers, any shapes
     bits: Sequence[int],  # N of each, 1 to 8, without the sign
@@ -77,22 +83,32 @@ def quantize_all(
 ) -> list[Planes]:  # as `quantize`, to nearest
     "Quantise many tensors in a few calls."
     if not ws: return []
-    tops = [2**check_bits(b) - 1 for b in bits]
-    scale = (torch.stack(list(scales)) if scales else peaks(ws)).cpu()
-    us = torch._foreach_mul(ws, torch.where(scale > 0, scale.reciprocal() * torch.tensor(tops), 0).tolist())  # as PyTorch divides a number by a tensor
-    torch._foreach_round_(us)
-    if scales: torch._foreach_clamp_max_(us, tops); torch._foreach_clamp_min_(us, [-top for top in tops])
-    level = torch.cat([u.reshape(-1) for u in us]).to(torch.int16)
-    sizes = [w.numel() for w in ws]
-    parts = zip(level.abs().to(torch.uint8).split(sizes), (level >> 15 | 1).to(torch.int8).split(sizes), strict=True)
-    return [Planes(r.view(w.shape), s.view(w.shape), S, b) for (r, s), w, S, b in zip(parts, ws, scale.tolist(), bits, strict=True)]
 
+    tops = [2**check_bits(b) - 1 for b in bits]
+    scale = (torch.stack(list(scales)) if scales else peaks(ws)).cpu()  # [L]
+    factors = torch.where(scale > 0, scale.reciprocal() * torch.tensor(tops), 0)  # [L]
+    us = torch._foreach_mul(ws, factors.tolist())
+    torch._foreach_round_(us)
+    if scales:
+        torch._foreach_clamp_max_(us, tops)
+        torch._foreach_clamp_min_(us, [-top for top in tops])
+
+    level = torch.cat([u.reshape(-1) for u in us]).to(torch.int16)  # [d_1 + ... + d_L]
+    sizes = [w.numel() for w in ws]
+    levels = level.abs().to(torch.uint8).split(sizes)
+    signs = (level >> 15 | 1).to(torch.int8).split(sizes)
+    parts = zip(levels, signs, ws, scale.tolist(), bits, strict=True)
+    return [Planes(r.view(w.shape), s.view(w.shape), S, b) for r, s, w, S, b in parts]
+
+# %% ../../nbs/quant/05_quantize.ipynb #05f0673d
 def dequantize_all(
     planes: Sequence[Planes],  # of the layers
-) -> list[Tensor]:  # as `Planes.dequantize`; side by side in memory
+) -> list[Tensor]:  # as `Planes.dequantize`; next to each other in memory
     "The values of many tensors in a few calls."
     if not planes: return []
-    levels, signs = (torch.cat([t.reshape(-1) for t in column]) for column in ([p.levels for p in planes], [p.sign for p in planes]))
+
+    levels = torch.cat([p.levels.reshape(-1) for p in planes])  # [d_1 + ... + d_L]
+    signs = torch.cat([p.sign.reshape(-1) for p in planes])
     values = levels.float().mul_(signs).split([p.levels.numel() for p in planes])
     torch._foreach_mul_(values, [p.scale / (2**p.bits - 1) if p.bits else 0.0 for p in planes])
     return [v.view(p.levels.shape) for v, p in zip(values, planes, strict=True)]
@@ -100,10 +116,14 @@ def dequantize_all(
 # %% ../../nbs/quant/05_quantize.ipynb #78e1d314
 class StraightThrough(torch.autograd.Function):
     "Any quantiser forward, the identity backward."
+
     @staticmethod
-    def forward(ctx, x: Tensor, quantiser: Callable[[Tensor], Tensor]) -> Tensor: return quantiser(x)
+    def forward(ctx: Any, x: Tensor, quantiser: Callable[[Tensor], Tensor]) -> Tensor:
+        return quantiser(x)
+
     @staticmethod
-    def backward(ctx, *grads): return grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 # %% ../../nbs/quant/05_quantize.ipynb #ad3801db
 def nearest_levels(
@@ -114,15 +134,22 @@ def nearest_levels(
 ) -> list[Tensor]:  # fp32, on the grid scale * k / (2**bits - 1), |k| <= 2**bits - 1
     "Round to the sign-magnitude grid; values beyond the scale saturate."
     tops = [2**b - 1 for b in bits]
-    steps = torch._foreach_div(torch._foreach_clamp_min(list(scales), torch.finfo(ws[0].dtype).tiny), tops)
+    tiny = torch.finfo(ws[0].dtype).tiny
+    steps = torch._foreach_div(torch._foreach_clamp_min(list(scales), tiny), tops)
+
     if out is None: out = [torch.empty_like(w) for w in ws]
     torch._foreach_copy_(out, ws)
-    torch._foreach_div_(out, steps); torch._foreach_round_(out)
-    torch._foreach_clamp_max_(out, tops); torch._foreach_clamp_min_(out, [-top for top in tops])
+    torch._foreach_div_(out, steps)
+    torch._foreach_round_(out)
+    torch._foreach_clamp_max_(out, tops)
+    torch._foreach_clamp_min_(out, [-top for top in tops])
     torch._foreach_mul_(out, steps)
     return out
 
-def nearest_level(w: Tensor, scale: Tensor, bits: int) -> Tensor: "The same for one tensor."; return nearest_levels([w], [scale], [bits])[0]
+
+def nearest_level(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    "The same for one tensor."
+    return nearest_levels([w], [scale], [bits])[0]
 
 # %% ../../nbs/quant/05_quantize.ipynb #90b8ce20
 def fake_quantize(
@@ -132,7 +159,8 @@ def fake_quantize(
     "Quantise forward, pass the gradient straight through."
     if bits == 32: return w
     check_bits(bits)
-    return StraightThrough.apply(w, lambda x: nearest_level(x, x.abs().max(), bits))
+    quantised: Tensor = StraightThrough.apply(w, lambda x: nearest_level(x, x.abs().max(), bits))
+    return quantised
 
 # %% ../../nbs/quant/05_quantize.ipynb #515f36c5
 def choose_qparams_affine(
@@ -141,13 +169,15 @@ def choose_qparams_affine(
 ) -> tuple[Tensor, Tensor]:  # scale fp32, zero point int32; both 0-dim
     "Scale and zero point that cover the range of x and zero."
     low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-    scale = ((high - low) / (2**check_bits(bits) - 1)).clamp_min(torch.finfo(torch.float32).tiny)
+    tiny = torch.finfo(torch.float32).tiny
+    scale = ((high - low) / (2**check_bits(bits) - 1)).clamp_min(tiny)
     return scale, (-low / scale).round().to(torch.int32)
 
 # %% ../../nbs/quant/05_quantize.ipynb #9e04da6b
 def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     "uint8 levels of x."
     return ((x / scale).round() + zero_point).clamp_(0, 2**bits - 1).to(torch.uint8)
+
 
 def dequantize_affine(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     "fp32 values of levels."
@@ -163,6 +193,7 @@ def qsgd(
     "Stochastic quantisation of QSGD with one norm for the whole tensor."
     if norm not in ('2', 'max'): raise ValueError(f"norm={norm!r}: allowed are '2' and 'max'")
     if not 1 <= levels <= 255: raise ValueError(f'levels={levels}: must be in [1, 255]')
+
     size = torch.linalg.vector_norm(v) if norm == '2' else v.abs().max()
     a = v.abs() * (levels / size) if size > 0 else torch.zeros_like(v)
     xi = round_stochastic(a, generator).clamp_(max=levels).to(torch.uint8)
@@ -176,11 +207,13 @@ def quantize_activation(
     "Per-tensor dynamic quantisation of activations."
     top = 2**check_bits(bits) - 1
     step = x.detach().amax().clamp_min(torch.finfo(x.dtype).tiny) / top
-    return StraightThrough.apply(x, lambda v: (v / step).round() * step)
+    quantised: Tensor = StraightThrough.apply(x, lambda v: (v / step).round() * step)
+    return quantised
 
 # %% ../../nbs/quant/05_quantize.ipynb #1d421c4c
 class QuantAct(nn.Module):
     "ReLU6 (4 bits and more) or PACT (fewer), then quantisation."
+
     def __init__(self, bits: int):
         super().__init__()
         self.bits = check_bits(bits)

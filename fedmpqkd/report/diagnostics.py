@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from ..core.config import RunConfig
 from ..core.streams import torch_rng
+from ..federation.evaluation import fresh_statistics, plain_batches
 from ..federation.pool import WorkerPool, evaluate
-from ..federation.run import fresh_statistics, plain_batches
 from ..learn.client import ClientRound, prepare
 from ..learn.distill import kl_rows, soften
 from ..learn.replica import Clock, Replica
 from ..learn.step import TrainState, distillation, local_step
 from ..learn.teacher import CoTeacher
-from ..learn.vision import Resident, epoch_batches
+from ..learn.vision import VisionTask
 from ..quant.bits import Layer, hinge_gradient, kappa, lasso_moved, moved_share, plane_weights
 from .evidence import runs_frame
 from ..wire.format import decode
@@ -39,7 +39,7 @@ from ..wire.messages import manifest_of
 def replay(
     replica: Replica,  # filled here, and trained
     config: RunConfig,  # the method
-    data: Resident,  # everybody's images; only the task's are used
+    data: VisionTask,  # everybody's images; only the task's are used
     work: ClientRound,  # who and when
     down: Sequence[bytes],  # what the server sent
 ) -> Iterator[tuple[TrainState, Tensor, Tensor]]:  # train_state, images [B, 3, 32, 32], labels [B]
@@ -50,7 +50,7 @@ def replay(
     g = torch_rng(config.seed, 'loader', work.round, work.client)
     for epoch in range(config.local_epochs):
         if epoch and train_state.teacher and config.teacher_refresh == 0: train_state.teacher.load(replica.state)
-        for position, *views in epoch_batches(len(work.index), config.batch_size, g, data.data.flip):
+        for position, *views in data.epoch(len(work.index), config.batch_size, g):
             x, y = data.batch(work.index[position], *views)
             yield train_state, x, y
             local_step(replica, train_state, x, y)
@@ -121,7 +121,7 @@ def lengths_and_angles(
 def gradient_report(
     replica: Replica,  # a worker's networks
     config: RunConfig,  # the method
-    data: Resident,  # images
+    data: VisionTask,  # images
     work: ClientRound,  # who and when
     down: Sequence[bytes],  # what the server sent
     steps: int = 3,  # of the local round, from its beginning
@@ -141,7 +141,7 @@ def gradient_report(
 def level_changes(
     replica: Replica,  # a worker's networks
     config: RunConfig,  # a quantised method
-    data: Resident,  # images
+    data: VisionTask,  # images
     work: ClientRound,  # who and when
     down: Sequence[bytes],  # what the server sent
 ) -> pd.DataFrame:  # a row per step: step, moved, since_start, lasso (NaN unless the rule has signed planes); shares of all weights
@@ -162,7 +162,7 @@ def level_changes(
 def matched_prox(
     replica: Replica,  # a worker's networks
     config: RunConfig,  # a method that distils
-    data: Resident,  # images
+    data: VisionTask,  # images
     work: ClientRound,  # who and when
     down: Sequence[bytes],  # what the server sent
 ) -> float:  # mu
@@ -188,9 +188,9 @@ def teacher_lag(
     batch: int = 64,  # of the student, whose statistics are those of the batch
 ) -> dict[str, float]:  # accuracy %, kl in nats, agreement 0..1; with '_fresh' after re-estimation
     "What stale normalisation statistics do to a teacher."
-    replica, everything = pool.replica, torch.arange(len(pool.data.data.test_y))
-    views = [x for x, _ in plain_batches(pool.data, images, batch)]
-    teachers = {'': state, '_fresh': fresh_statistics(replica, state, pool.data, images)}
+    replica, everything = pool.replica, torch.arange(len(pool.task.data.test_y))
+    views = [x for x, _ in plain_batches(pool.task, images, batch)]
+    teachers = {'': state, '_fresh': fresh_statistics(replica, state, pool.task, images)}
     replica.load(student)
     replica.model.train()
     own, found = torch.cat([replica.model(x).float() for x in views]), dict[str, float]()

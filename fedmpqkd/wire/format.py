@@ -27,7 +27,7 @@ from ..quant.quantize import Planes, dequantize_all
 
 # %% ../../nbs/wire/08_format.ipynb #6511614c
 class WireError(ValueError):
-    "A message that cannot be written, or must not be believed; the text says why."
+    "A message that cannot be written, or must not be accepted; the text says why."
 
 # %% ../../nbs/wire/08_format.ipynb #01653bcc
 def pack_planes(
@@ -99,13 +99,19 @@ def shape_of(
     "Shape of an entry."
     return tuple(entry.levels.shape if isinstance(entry, Planes) else entry.shape)
 
+
 def dense(
     entries: Mapping[str, Entry],  # by name
 ) -> dict[str, Tensor]:  # plain tensors as they are
     "Every entry as a tensor, quantised ones by value."
     planes = {name: entry for name, entry in entries.items() if isinstance(entry, Planes)}
     values = dict(zip(planes, dequantize_all(list(planes.values())), strict=True))
-    return {n: e if isinstance(e, Tensor) else values[n] if n in values else e.dequantize() for n, e in entries.items()}
+
+    def value(name: str, entry: Entry) -> Tensor:
+        if isinstance(entry, Tensor): return entry
+        return values[name] if name in values else entry.dequantize()
+
+    return {name: value(name, entry) for name, entry in entries.items()}
 
 # %% ../../nbs/wire/08_format.ipynb #0c551b0e
 @dataclass(eq=False)
@@ -135,8 +141,9 @@ class Qsgd(Quantised):
     def dequantize(self) -> Tensor:
         "The fp32 value of each entry."
         d = self.levels.numel()
-        norms = self.norms.repeat_interleave(min(self.bucket or d, d))[:d]  # a short last bucket
-        return self.levels.float() / (2 ** (self.bits - 1) - 1) * self.sign * norms.reshape(self.shape)
+        norms = self.norms.repeat_interleave(min(self.bucket or d, d))[:d]  # [d], a short last bucket
+        top: int = 2 ** (self.bits - 1) - 1
+        return self.levels.float() / top * self.sign * norms.reshape(self.shape)
 
 # %% ../../nbs/wire/08_format.ipynb #5a2a6720
 def flat(
@@ -145,7 +152,8 @@ def flat(
 ) -> np.ndarray:  # [numel]
     "The entries of a tensor as a row in memory."
     if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
-        raise WireError(f'expected a tensor of {dtype}, got {getattr(tensor, "dtype", type(tensor).__name__)}')
+        found = getattr(tensor, 'dtype', type(tensor).__name__)
+        raise WireError(f'expected a tensor of {dtype}, got {found}')
     return np.ascontiguousarray(tensor.numpy(force=True)).reshape(-1)
 
 # %% ../../nbs/wire/08_format.ipynb #37025787
@@ -183,38 +191,27 @@ def within(
 class Reader:
     "A cursor over bytes that refuses to read past the end."
 
-    def __init__(
-        self,
-        data: bytes | memoryview,  # what is read
-    ):
+    def __init__(self, data: bytes | memoryview):  # a message or a part of it
         self.data, self.at = memoryview(data), 0
 
-    def take(
-        self,
-        count: int,  # bytes
-    ) -> memoryview:  # the next `count` bytes
-        "Read bytes."
+    def take(self, count: int) -> memoryview:
+        "The next `count` bytes."
         if self.at + count > len(self.data):
-            raise WireError(f'truncated: {count} bytes expected at {self.at}, {len(self.data) - self.at} left')
+            left = len(self.data) - self.at
+            raise WireError(f'truncated: {count} bytes expected at {self.at}, {left} left')
         self.at += count
         return self.data[self.at - count : self.at]
 
-    def fields(
-        self,
-        layout: str,  # of `struct`, little-endian without saying so
-    ) -> tuple[Any, ...]:  # the numbers
-        "Read numbers."
+    def fields(self, layout: str) -> tuple[Any, ...]:  # layout of `struct`, little-endian without saying so
+        "The next numbers."
         return struct.unpack('<' + layout, self.take(struct.calcsize('<' + layout)))
 
-    def floats(
-        self,
-        count: int,  # how many
-    ) -> np.ndarray:  # [count] fp32
-        "Read finite fp32 numbers."
+    def floats(self, count: int) -> np.ndarray:  # [count] fp32
+        "The next finite fp32 numbers."
         return finite(np.frombuffer(self.take(4 * count), '<f4').astype(np.float32))
 
-    def done(self):
-        "Refuse bytes that nobody read."
+    def done(self) -> None:
+        "Refuse bytes that are left over."
         if self.at != len(self.data):
             raise WireError(f'{len(self.data) - self.at} bytes left over')
 
@@ -232,7 +229,8 @@ class Codec:
 
     def bits(self, entry: Any) -> int:
         "The precision that goes into the header."
-        return entry.bits
+        bits: int = entry.bits
+        return bits
 
     def pack(self, entry: Any) -> bytes | memoryview:
         "The body."
@@ -287,13 +285,15 @@ class Raw(Codec):
 
     def pack(self, entry: Tensor) -> memoryview:
         values = flat(entry, self.dtype)
-        return (finite(values) if self.wire.kind == 'f' else values).astype(self.wire, copy=False).view(np.uint8).data
+        if self.wire.kind == 'f': values = finite(values)
+        return values.astype(self.wire, copy=False).view(np.uint8).data
 
     def unpack(self, reader: Reader, shape: tuple[int, ...], bits: int) -> Tensor:
         within('bits', bits, 8 * self.wire.itemsize, 8 * self.wire.itemsize)
         values = np.frombuffer(reader.take(prod(shape) * self.wire.itemsize), self.wire)
         values = finite(values) if self.wire.kind == 'f' else values.copy()
-        return torch.from_numpy(values.astype(self.wire.newbyteorder('='), copy=False).reshape(shape))
+        native = values.astype(self.wire.newbyteorder('='), copy=False)
+        return torch.from_numpy(native.reshape(shape))
 
     def body_size(self, entry: Tensor) -> int:
         return prod(shape_of(entry)) * self.wire.itemsize
@@ -309,12 +309,13 @@ def magnitudes(
     width: int,  # bits of a level
 ) -> tuple[np.ndarray, np.ndarray]:  # levels and where they are negative, [numel] each
     "The levels of an entry, checked, and a mask of the negative ones."
-    levels = flat(entry.levels, torch.uint8)
+    levels = flat(entry.levels, torch.uint8)  # [numel]
     if levels.max(initial=0) >= 1 << width:
         raise WireError(f'level {levels.max()} does not fit in {width} bits')
     if not hasattr(entry, 'sign'):
         return levels, np.zeros(len(levels), bool)
-    sign = flat(entry.sign, torch.int8)
+
+    sign = flat(entry.sign, torch.int8)  # [numel]
     if entry.sign.shape != entry.levels.shape:
         raise WireError(f'signs have shape {tuple(entry.sign.shape)}, levels {shape_of(entry)}')
     if not ((np.abs(sign) == 1) | (levels == 0)).all():
@@ -328,9 +329,11 @@ def signed(
     shape: tuple[int, ...],  # of the tensor
 ) -> tuple[Tensor, Tensor]:  # levels and signs as an entry holds them
     "Levels and canonical signs (+1 for zero) as tensors."
-    sign = np.minimum(negative, levels, dtype=np.uint8).view(np.int8)
-    sign *= -2; sign += 1
-    return torch.from_numpy(levels.astype(np.uint8, copy=False)).reshape(shape), torch.from_numpy(sign).reshape(shape)
+    sign = np.minimum(negative, levels, dtype=np.uint8).view(np.int8)  # 1 where negative and not zero
+    sign *= -2
+    sign += 1
+    magnitude = torch.from_numpy(levels.astype(np.uint8, copy=False))
+    return magnitude.reshape(shape), torch.from_numpy(sign).reshape(shape)
 
 # %% ../../nbs/wire/08_format.ipynb #e97c1037
 class PlaneCodec(Codec):
@@ -344,7 +347,7 @@ class PlaneCodec(Codec):
     def pack(self, entry: Planes) -> bytes:
         bits = within('bits', entry.bits, 0, 8)
         levels, negative = magnitudes(entry, bits)
-        rows = [negative, *(levels & 1 << i for i in reversed(range(bits)))] if bits else []
+        rows = [negative, *(levels & 1 << i for i in reversed(range(bits)))] if bits else []  # [bits + 1][d]
         return pack_float(entry.scale) + (pack_planes(np.stack(rows)) if rows else b'')
 
     def unpack(self, reader: Reader, shape: tuple[int, ...], bits: int) -> Planes:
@@ -353,7 +356,8 @@ class PlaneCodec(Codec):
         rows = unpack_planes(reader.take(count * -(-d // 8)), d, count)
         levels = np.zeros(d, np.uint8)
         for plane in rows[1:]:
-            levels += levels; levels |= plane  # NumPy adds bytes much faster than it shifts them
+            levels += levels  # NumPy adds bytes much faster than it shifts them
+            levels |= plane
         return Planes(*signed(levels, rows[0] if bits else levels, shape), scale, bits)
 
     def body_size(self, entry: Planes) -> int:
@@ -407,7 +411,8 @@ class QsgdCodec(Codec):
         return isinstance(entry, Qsgd)
 
     def pack(self, entry: Qsgd) -> bytes:
-        bits, bucket = within('bits', entry.bits, 2, 9), within('bucket', entry.bucket, 0, 2**32 - 1)
+        bits = within('bits', entry.bits, 2, 9)
+        bucket = within('bucket', entry.bucket, 0, 2**32 - 1)
         levels, negative = magnitudes(entry, bits - 1)
         norms = finite(flat(entry.norms, torch.float32))
         if len(norms) != buckets(len(levels), bucket):
@@ -418,8 +423,9 @@ class QsgdCodec(Codec):
     def unpack(self, reader: Reader, shape: tuple[int, ...], bits: int) -> Qsgd:
         d, bucket = prod(shape), reader.fields('I')[0]
         norms = torch.from_numpy(reader.floats(buckets(d, bucket)))
-        codes = unpack_fields(reader.take(-(-d * within('bits', bits, 2, 9) // 8)), d, bits)
-        return Qsgd(*signed(codes & (1 << bits - 1) - 1, codes >> bits - 1, shape), norms, bits, bucket)
+        codes = unpack_fields(reader.take(-(-d * within('bits', bits, 2, 9) // 8)), d, bits)  # [d]
+        levels, sign = signed(codes & (1 << bits - 1) - 1, codes >> bits - 1, shape)
+        return Qsgd(levels, sign, norms, bits, bucket)
 
     def body_size(self, entry: Qsgd) -> int:
         d = prod(shape_of(entry))
@@ -460,7 +466,7 @@ def verify(
 def pack_manifest(
     names: tuple[str, ...],  # in order
     shapes: tuple[tuple[int, ...], ...],  # one per name
-) -> bytes:  # the manifest as it crosses
+) -> bytes:  # the manifest as it is sent
     "Names and shapes in their one canonical form."
     rows = [struct.pack('<4sHH', b'FMPM', VERSION, within('number of tensors', len(names), 0, 2**16 - 1))]
     for name, shape in zip(names, shapes, strict=True):
@@ -482,23 +488,26 @@ def unpack_manifest(
     names, shapes = [], []
     for _ in range(*reader.fields('H')):
         text = bytes(reader.take(*reader.fields('H')))
-        try: names.append(text.decode())
-        except UnicodeDecodeError: raise WireError(f'the name {text!r} is not UTF-8') from None
+        try:
+            names.append(text.decode())
+        except UnicodeDecodeError:
+            raise WireError(f'the name {text!r} is not UTF-8') from None
         shapes.append(reader.fields('{}I'.format(*reader.fields('B'))))
     reader.done()
     return tuple(names), tuple(shapes)
 
 # %% ../../nbs/wire/08_format.ipynb #5d59584d
 @dataclass(frozen=True)
-class Manifest:
+class Manifest:  # long: a value, its checks and its bytes belong together
     "The names and shapes that both sides know."
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.names) != len(self.shapes) or len(self._numbers) != len(self.names):
-            raise WireError(f'{len(self.names)} names ({len(self._numbers)} distinct), {len(self.shapes)} shapes')
+            names, distinct = len(self.names), len(self._numbers)
+            raise WireError(f'{names} names ({distinct} distinct), {len(self.shapes)} shapes')
         self.encode()
 
     @classmethod
@@ -522,7 +531,7 @@ class Manifest:
         return self._numbers[name]
 
     def encode(self) -> bytes:
-        "The manifest as it crosses."
+        "The manifest as it is sent."
         return pack_manifest(self.names, self.shapes)
 
     @classmethod
@@ -559,6 +568,7 @@ def pack_entry(
     "One tensor of a message."
     number = manifest.index(name)
     shape = manifest.shapes[number]
+
     try:
         codec = codec_for(entry)
         if shape_of(entry) != shape:
@@ -567,7 +577,9 @@ def pack_entry(
         delta = within('delta', getattr(entry, 'delta', 0), -128, 127)
     except WireError as error:
         raise WireError(f'{name}: {error}') from None
-    head = struct.pack('<HBB', number, codec.code, len(shape)) + struct.pack(f'<{len(shape)}I', *shape) * dims
+
+    head = struct.pack('<HBB', number, codec.code, len(shape))
+    head += struct.pack(f'<{len(shape)}I', *shape) * dims
     payload = len(body) - codec.overhead + 2 * codec.quantised
     return head + struct.pack('<Bb', codec.bits(entry), delta), body, payload
 
@@ -576,17 +588,19 @@ def encode(
     message: Message,  # what is sent
     manifest: Manifest,  # what both sides know
     dims: bool = False,  # repeat the shapes in the message
-) -> bytes:  # what crosses
+) -> bytes:  # what is sent
     "Write a message."
     for what, bound in dict(method=2**8, round=2**32, client=2**32, samples=2**32).items():
         within(what, getattr(message, what), 0, bound - 1)
+
     names = sorted(message.entries, key=manifest.index)
     packed = [pack_entry(name, message.entries[name], manifest, dims) for name in names]
     flags = (manifest.hash & 0xFFF) << 4 | (not dims)
     header = struct.pack(
         HEADER, b'FMPQ', VERSION, flags, message.method, message.round, message.client, message.samples,
         len(packed), sum(payload for *_, payload in packed),
-    )  # fmt: skip
+    )
+
     parts = [header, *(part for head, body, _ in packed for part in (head, body))]
     checksum = reduce(lambda crc, part: zlib.crc32(part, crc), parts, manifest.hash & 0xFFFFFFFF)
     return b''.join([*parts, struct.pack('<I', checksum)])  # the tensors are copied once
@@ -602,19 +616,25 @@ def unpack_entry(
     shape = manifest.shapes[within('tensor number', number, 0, len(manifest.names) - 1)]
     if ndim != len(shape) or (dims and reader.fields(f'{ndim}I') != shape):
         raise WireError(f'{manifest.names[number]}: wrong shape, the manifest says {shape}')
+
     bits, delta = reader.fields('Bb')
     if code not in CODECS:
         raise WireError(f'{manifest.names[number]}: unknown codec {code}, known are {sorted(CODECS)}')
+
     codec, start = CODECS[code], reader.at
-    try: entry = codec.unpack(reader, shape, bits)
-    except WireError as error: raise WireError(f'{manifest.names[number]}: {error}') from None
-    if not isinstance(entry, Tensor): entry.delta = delta
-    elif delta: raise WireError(f'{manifest.names[number]}: a plain tensor with delta {delta}')
+    try:
+        entry = codec.unpack(reader, shape, bits)
+    except WireError as error:
+        raise WireError(f'{manifest.names[number]}: {error}') from None
+    if not isinstance(entry, Tensor):
+        entry.delta = delta
+    elif delta:
+        raise WireError(f'{manifest.names[number]}: a plain tensor with delta {delta}')
     return number, entry, reader.at - start - codec.overhead + 2 * codec.quantised
 
 # %% ../../nbs/wire/08_format.ipynb #c6c87550
 def decode(
-    data: bytes,  # what crossed
+    data: bytes,  # what was sent
     manifest: Manifest,  # what both sides know
 ) -> Message:  # tensors on the CPU, in the manifest's order
     "Read a message, exactly as it was written, or refuse it."
@@ -624,12 +644,14 @@ def decode(
         raise WireError('foreign manifest: written for a model with other names or shapes')
     verify(data, manifest.hash & 0xFFFFFFFF)
     within('reserved flags', flags >> 1 & 7, 0, 0)
+
     entries, last, payload = {}, -1, 0
     for _ in range(count):
         number, entry, size = unpack_entry(reader, manifest, dims=not flags & 1)
         if number <= last:
             raise WireError(f'tensor {number} after tensor {last}: out of order')
         entries[manifest.names[number]], last, payload = entry, number, payload + size
+
     reader.done()
     within('payload length', length, payload, payload)
     return Message(method, round, client, samples, entries)
@@ -640,7 +662,7 @@ def address(
     client: int,  # another receiver
     manifest: Manifest,  # what both sides know
 ) -> bytes:  # as if it had been written for that client
-    "The same message for somebody else."
+    "The same message for another client."
     copy, at = bytearray(data), struct.calcsize('<4sHHBI')  # everything in front of the client's number
     struct.pack_into('<I', copy, at, within('client', client, 0, 2**32 - 1))
     struct.pack_into('<I', copy, len(copy) - 4, zlib.crc32(memoryview(copy)[:-4], manifest.hash & 0xFFFFFFFF))
@@ -681,13 +703,14 @@ class Meter:
     total: dict[str, int] = field(default_factory=both)  # bytes since the start
     payload: dict[str, int] = field(default_factory=both)  # of these, payload
     messages: dict[str, int] = field(default_factory=both)  # number of messages
-    manifest: int = 0  # bytes that crossed once, not in `total`
+    manifest: int = 0  # bytes that were sent once, not in `total`
     round: dict[str, dict[int, int]] = field(default_factory=lambda: dict(down={}, up={}))  # client -> bytes
 
     def add(self, direction: str, data: bytes, client: int) -> bytes:
         "Count a message, and pass it on."
         if direction not in self.total:
             raise WireError(f'direction {direction!r}, allowed are {list(self.total)}')
+
         self.payload[direction] += sizes(data)['payload']
         self.total[direction] += len(data)
         self.messages[direction] += 1

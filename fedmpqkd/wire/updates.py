@@ -47,7 +47,7 @@ def qsgd_entry(
     generator: torch.Generator | None = None,  # CPU generator of a named stream
     norm: str = '2',  # '2' or 'max'
 ) -> Qsgd:  # one norm for the whole tensor
-    "An update at b bits an entry, right on average."
+    "An update at b bits an entry, unbiased."
     levels, sign, size = qsgd(v, 2 ** (within('bits', bits, 2, 9) - 1) - 1, generator, norm)
     return Qsgd(levels, sign, size.reshape(1), bits)
 
@@ -79,10 +79,13 @@ def dithered(
     bits: int,  # b, 2 to 8, with the sign
     seed: int,  # of the dither: a new one for every tensor and round
 ) -> Dithered:  # the step follows from max|v|
-    "An update at b bits an entry whose error does not depend on it."
+    "An update at b bits an entry, with an error that does not depend on the update."
     top = 2 ** (within('bits', bits, 2, 8) - 1) - 1
     step = v.abs().max() / top
-    levels = (v / step + dither(seed, v.shape)).round().clamp(-top, top) if step > 0 else torch.zeros_like(v)
+    if step > 0:
+        levels = (v / step + dither(seed, v.shape)).round().clamp(-top, top)
+    else:
+        levels = torch.zeros_like(v)
     return Dithered(levels.to(torch.int8), float(step), seed, bits)
 
 # %% ../../nbs/wire/08a_updates.ipynb #22c96665
@@ -131,7 +134,7 @@ def to_subvectors(
     dim: int,  # d'
 ) -> Tensor:  # [ceil(numel / d'), d']
     "Cut a tensor into sub-vectors along its input channels."
-    row = (update.movedim(1, -1) if update.ndim > 1 else update).reshape(-1)
+    row = (update.movedim(1, -1) if update.ndim > 1 else update).reshape(-1)  # [out * ... * in]
     return F.pad(row, (0, -len(row) % dim)).reshape(-1, dim)
 
 # %% ../../nbs/wire/08a_updates.ipynb #2d5c4f68
@@ -140,8 +143,9 @@ def from_subvectors(
     shape: Sequence[int],  # of the tensor
 ) -> Tensor:  # as it was, without the padding
     "Undo `to_subvectors`."
-    row = rows.reshape(-1)[: prod(shape)]
+    row = rows.reshape(-1)[: prod(shape)]  # without the padding
     if len(shape) < 2: return row.reshape(tuple(shape))
+
     return row.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
 
 # %% ../../nbs/wire/08a_updates.ipynb #ca870a34
@@ -151,7 +155,8 @@ def nearest(
     chunk: int = 4096,  # points at a time
 ) -> tuple[Tensor, Tensor]:  # int64 [n] number of the nearest centroid, [n] squared distance to it
     "Assign points to centroids."
-    found = [torch.cdist(part, centroids, compute_mode='donot_use_mm_for_euclid_dist').min(1) for part in x.split(chunk)]
+    mode = 'donot_use_mm_for_euclid_dist'
+    found = [torch.cdist(part, centroids, compute_mode=mode).min(1) for part in x.split(chunk)]
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found]).square()
 
 # %% ../../nbs/wire/08a_updates.ipynb #5e509d7e
@@ -161,8 +166,8 @@ def seed_centroids(
     generator: torch.Generator,  # CPU generator of a named stream
 ) -> Tensor:  # [m, d']; zeros where the points have run out
     "Seeds of k-means++."
-    chosen, columns = torch.zeros(m, x.shape[1]), x.T.contiguous()
-    gap = torch.full((len(x),), torch.inf)
+    chosen, columns = torch.zeros(m, x.shape[1]), x.T.contiguous()  # [m, d'], [d', n]
+    gap = torch.full((len(x),), torch.inf)  # squared distance to the nearest seed
     upto = torch.arange(1, len(x) + 1, dtype=torch.double)  # the first seed: all points alike
     for row in chosen:
         if upto[-1] == 0: break
@@ -179,9 +184,11 @@ def lloyd(
 ) -> Tensor:  # [m, d']
     "One iteration: assign, average, re-seed what is empty."
     index, gap = nearest(x, centroids)
-    counts = index.bincount(minlength=len(centroids))
-    sums = torch.zeros_like(centroids, dtype=torch.double).index_add_(0, index, x.double())
-    moved = torch.where(counts[:, None] > 0, (sums / counts.clamp(min=1)[:, None]).to(x.dtype), centroids)
+    counts = index.bincount(minlength=len(centroids))  # [m]
+    sums = torch.zeros_like(centroids, dtype=torch.double).index_add_(0, index, x.double())  # [m, d']
+    means = (sums / counts.clamp(min=1)[:, None]).to(x.dtype)
+    moved = torch.where(counts[:, None] > 0, means, centroids)
+
     empty = (counts == 0).nonzero()[:, 0]
     far = gap.topk(min(len(empty), int((gap > 0).sum()))).indices
     moved[empty[: len(far)]] = x[far]
@@ -196,12 +203,19 @@ def kmeans(
     start: Tensor | None = None,  # [m, d'] centroids to go on from
 ) -> Tensor:  # fp32 [m, d']
     "Centroids of points."
-    if start is None and generator is None: raise ValueError('kmeans needs a generator or a start')
     if start is not None and start.shape != (m, x.shape[1]):
         raise ValueError(f'a start of shape {tuple(start.shape)} for {m} centroids of length {x.shape[1]}')
     if not len(x): raise ValueError('kmeans needs a point')
-    centroids = seed_centroids(x, m, generator) if start is None else start.to(x.dtype)  # type: ignore[arg-type]
-    for _ in range(iterations): centroids = lloyd(x, centroids)
+
+    if start is not None:
+        centroids = start.to(x.dtype)
+    elif generator is not None:
+        centroids = seed_centroids(x, m, generator)
+    else:
+        raise ValueError('kmeans needs a generator or a start')
+
+    for _ in range(iterations):
+        centroids = lloyd(x, centroids)
     return centroids
 
 # %% ../../nbs/wire/08a_updates.ipynb #6315b0d9
@@ -215,7 +229,7 @@ class Pq(Quantised):
     bits: int  # log2 of the number of centroids, 1 to 16
     scale: float  # s, fp32
     codebook: Tensor | None = None  # fp16 [2**bits, d']; None until attached
-    own: bool = False  # the codebook travels with the entry
+    own: bool = False  # the codebook is sent with the entry
     book: int | None = None  # which of the server's codebooks, where the client had a choice
 
     @property
@@ -226,7 +240,8 @@ class Pq(Quantised):
     def dequantize(self) -> Tensor:
         "The fp32 value of each entry."
         if self.codebook is None: raise WireError("the codebook is the server's: attach it first")
-        rows = check_codebook(self.codebook, self.bits, self.dim).float()[self.levels.long()]
+
+        rows = check_codebook(self.codebook, self.bits, self.dim).float()[self.levels.long()]  # [n, d']
         return from_subvectors(self.scale * rows, self.size)
 
 # %% ../../nbs/wire/08a_updates.ipynb #9b0c7659
@@ -237,7 +252,8 @@ def check_codebook(
 ) -> Tensor:  # the codebook
     "Refuse a codebook that does not belong to an entry."
     if codebook.dtype != torch.float16 or codebook.shape != (2**bits, dim):
-        raise WireError(f'a codebook of {codebook.dtype} {tuple(codebook.shape)} where fp16 {(2**bits, dim)} belongs')
+        found = f'{codebook.dtype} {tuple(codebook.shape)}'
+        raise WireError(f'a codebook of {found} where fp16 {(2**bits, dim)} belongs')
     return codebook
 
 # %% ../../nbs/wire/08a_updates.ipynb #66f9a3ec
@@ -257,6 +273,7 @@ def pq_encode(
     "Replace sub-vectors by the nearest centroids."
     m, dim = codebook.shape
     if m < 2 or m & m - 1: raise ValueError(f'{m} centroids: must be a power of two')
+
     scale = root_mean_square(update)
     index, _ = nearest(to_subvectors(update, dim) / (scale or 1.0), codebook.float())
     return Pq(index.int(), tuple(update.shape), dim, m.bit_length() - 1, scale, codebook, own, book)
@@ -267,9 +284,11 @@ def pack_codebook(
     bits: int,  # log2 of the centroids
     dim: int,  # d'
 ) -> bytes:  # 2 * d' * 2**bits bytes
-    "A codebook as it crosses."
+    "A codebook as it is sent."
     if codebook is None: raise WireError('a codebook of its own is missing')
-    return finite(flat(check_codebook(codebook, bits, dim), torch.float16)).astype('<f2').tobytes()
+
+    values = flat(check_codebook(codebook, bits, dim), torch.float16)
+    return finite(values).astype('<f2').tobytes()
 
 
 def unpack_codebook(
@@ -281,9 +300,21 @@ def unpack_codebook(
     values = finite(np.frombuffer(reader.take(2 * dim * 2**bits), '<f2').astype(np.float16))
     return torch.from_numpy(values).reshape(-1, dim)
 
+# %% ../../nbs/wire/08a_updates.ipynb #4a8f6e28
+def _centroid_numbers(
+    entry: Pq,  # its sub-vector length is checked
+    bits: int,  # log2 of the centroids
+) -> np.ndarray:  # int32 [ceil(numel / d')]
+    "The numbers of an entry's centroids, none of them outside its codebook."
+    levels, n = flat(entry.levels, torch.int32), -(-prod(entry.size) // entry.dim)
+    within('number of sub-vectors', len(levels), n, n)
+    within('smallest centroid', levels.min(initial=0), 0, 0)
+    within('largest centroid', levels.max(initial=0), 0, 2**bits - 1)
+    return levels
+
 # %% ../../nbs/wire/08a_updates.ipynb #854ff10e
 class PqCodec(Codec):
-    "Codec 5: sub-vector length, log2 of the centroids, scale, [codebook's number], centroid numbers, [codebook]."
+    "Codec 5: sub-vector length, log2 of the centroids, scale, [codebook's number], indices, [codebook]."
 
     code, overhead = 5, 2
 
@@ -292,29 +323,28 @@ class PqCodec(Codec):
 
     def pack(self, entry: Pq) -> bytes:
         dim, bits = within('sub-vector length', entry.dim, 1, 255), within('bits', entry.bits, 1, 16)
-        levels, n = flat(entry.levels, torch.int32), -(-prod(entry.size) // dim)
-        within('number of sub-vectors', len(levels), n, n)
-        within('smallest centroid', levels.min(initial=0), 0, 0)
-        within('largest centroid', levels.max(initial=0), 0, 2**bits - 1)
+        numbers = pack_fields(_centroid_numbers(entry, bits), bits)
         flags = bits | 128 * entry.own | 64 * (entry.book is not None)
         within('what is there', flags >> 6, 0, 2)
+
         book = b'' if entry.book is None else bytes([within('codebook', entry.book, 0, 255)])
         table = pack_codebook(entry.codebook, bits, dim) if entry.own else b''
-        return bytes([dim, flags]) + pack_float(entry.scale) + book + pack_fields(levels, bits) + table
+        return bytes([dim, flags]) + pack_float(entry.scale) + book + numbers + table
 
     def unpack(self, reader: Reader, shape: tuple[int, ...], bits: int) -> Pq:
         dim, flags = reader.fields('BB')
         within('log2 of the centroids', flags & 63, within('bits', bits, 1, 16), bits)
-        own, chosen = bool(flags & 128), bool(flags & 64)
         within('what is there', flags >> 6, 0, 2)
-        scale, book = float(reader.floats(1)[0]), reader.fields('B')[0] if chosen else None
+
+        scale, book = float(reader.floats(1)[0]), reader.fields('B')[0] if flags & 64 else None
         n = -(-prod(shape) // within('sub-vector length', dim, 1, 255))
         levels = torch.from_numpy(unpack_fields(reader.take(-(-n * bits // 8)), n, bits).astype(np.int32))
-        return Pq(levels, shape, dim, bits, scale, unpack_codebook(reader, bits, dim) if own else None, own, book)
+        table = unpack_codebook(reader, bits, dim) if flags & 128 else None
+        return Pq(levels, shape, dim, bits, scale, table, bool(flags & 128), book)
 
     def body_size(self, entry: Pq) -> int:
-        n = -(-prod(entry.size) // entry.dim)
-        return 6 + (entry.book is not None) + -(-n * entry.bits // 8) + entry.own * 2 * entry.dim * 2**entry.bits
+        n, table = -(-prod(entry.size) // entry.dim), entry.own * (2 * entry.dim << entry.bits)
+        return 6 + (entry.book is not None) + -(-n * entry.bits // 8) + table
 
 # %% ../../nbs/wire/08a_updates.ipynb #51eae337
 register(PqCodec())
@@ -324,10 +354,11 @@ def attach(
     entries: Mapping[str, Entry],  # of a message
     codebooks: Sequence[Tensor],  # the server's, fp16
 ) -> dict[str, Entry]:  # ready to be dequantised
-    "Give product-quantised entries the server's codebooks: by number, or one after the other where there is none."
+    "Give product-quantised entries the server's codebooks: by number, or in order where there is none."
     ready, position = dict(entries), 0
     for name, entry in entries.items():
         if not isinstance(entry, Pq) or entry.own: continue
+
         number = position if entry.book is None else entry.book
         position += entry.book is None
         if number >= len(codebooks): raise WireError(f'{name}: codebook {number} of {len(codebooks)}')
@@ -357,6 +388,7 @@ def training_sets(
     large = [u for u in updates if is_product(u.numel(), centroids, dim)]
     points = [to_subvectors(u, dim) / (root_mean_square(u) or 1.0) for u in large]
     if codebook == 'shared': return points
+
     groups = np.array_split(np.arange(len(points)), BOOKS)
     return [torch.cat([points[i] for i in group]) for group in groups if len(group)]
 
@@ -369,7 +401,8 @@ def starting_codebooks(
     codebook: str = 'shared',  # or 'multi'
 ) -> list[Tensor]:  # fp16 [m, d']: one a large layer, or four
     "Codebooks for the first round."
-    return [kmeans(x, centroids, generator).half() for x in training_sets(weights.values(), centroids, dim, codebook)]
+    sets = training_sets(weights.values(), centroids, dim, codebook)
+    return [kmeans(x, centroids, generator).half() for x in sets]
 
 
 def update_codebooks(
@@ -380,6 +413,7 @@ def update_codebooks(
 ) -> list[Tensor]:  # fp16 [m, d']
     "Codebooks for the next round."
     if not codebooks: return []
+
     m, dim = codebooks[0].shape
     sets = training_sets(average.values(), m, dim, codebook)
     return [kmeans(x, m, None, iterations, c.float()).half() if x.any() else c
@@ -402,25 +436,27 @@ def compensate(
     "Add what was not sent before."
     if residual is None: return update
     if residual.shape != update.shape:
-        raise ValueError(f'a residual of shape {tuple(residual.shape)} for an update of shape {tuple(update.shape)}')
+        of, to = tuple(residual.shape), tuple(update.shape)
+        raise ValueError(f'a residual of shape {of} for an update of shape {to}')
     return update + residual
 
 # %% ../../nbs/wire/08a_updates.ipynb #b12d0b99
 def fitted(
     entry: Qsgd | Dithered | Pq,  # encodes the value
-    value: Tensor,  # what it should say
+    value: Tensor,  # what it stands for
 ) -> Qsgd | Dithered | Pq:  # never farther from the value than zero is
     "Rescale an entry that would be worse than none to the least squared error."
     decoded = entry.dequantize()
     power = float(decoded.square().sum())
     if not power or (decoded - value).norm() <= value.norm(): return entry
+
     factor = max(0.0, float((decoded * value).sum()) / power)
     if isinstance(entry, Qsgd): return replace(entry, norms=entry.norms * factor)
     if isinstance(entry, Pq): return replace(entry, scale=float(np.float32(entry.scale * factor)))
     return replace(entry, step=float(np.float32(entry.step * factor)))
 
 # %% ../../nbs/wire/08a_updates.ipynb #465fb5d7
-KINDS: dict[str, tuple[type, ...]] = dict(qsgd=(Qsgd,), dither=(Dithered,), pq=(Pq, Qsgd))  # entries of each kind
+KINDS: dict[str, tuple[type, ...]] = dict(qsgd=(Qsgd,), dither=(Dithered,), pq=(Pq, Qsgd))  # entries of each
 
 
 @dataclass(frozen=True)
@@ -435,8 +471,9 @@ class UpdateCode:
     codebook: str = 'shared'  # 'shared', 'client' or 'multi': pq
     error_feedback: bool = False  # keep what was not sent, and send it later
 
-    def __post_init__(self):
-        for name, allowed in dict(kind=tuple(KINDS), norm=('2', 'max'), codebook=('shared', 'client', 'multi')).items():
+    def __post_init__(self) -> None:
+        choices = dict(kind=tuple(KINDS), norm=('2', 'max'), codebook=('shared', 'client', 'multi'))
+        for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f'{name}={value!r}: allowed are {", ".join(allowed)}')
         if not 2 <= self.bits <= 8: raise ValueError(f'bits={self.bits}: must be from 2 to 8, sign included')
@@ -447,7 +484,8 @@ class UpdateCode:
     @classmethod
     def of(cls, c: RunConfig) -> 'UpdateCode':
         "The code of a run that sends updates."
-        return cls(c.uplink, c.update_bits, c.update_norm, c.pq_dim, c.pq_centroids, c.codebook, c.error_feedback)
+        return cls(c.uplink, c.update_bits, c.update_norm, c.pq_dim, c.pq_centroids, c.codebook,
+                   c.error_feedback)
 
 # %% ../../nbs/wire/08a_updates.ipynb #9068bf8a
 def encode_update(
@@ -460,9 +498,12 @@ def encode_update(
     "Code one layer."
     if code.kind == 'qsgd': return qsgd_entry(update, code.bits, generator, code.norm)
     if code.kind == 'dither': return dithered(update, code.bits, seed)
-    if not is_product(update.numel(), code.centroids, code.dim): return qsgd_entry(update, 8, generator, 'max')
+    if not is_product(update.numel(), code.centroids, code.dim):
+        return qsgd_entry(update, 8, generator, 'max')
+
     if code.codebook == 'multi': return best_codebook(update, codebooks)
     if code.codebook == 'shared': return pq_encode(update, codebooks[0])
+
     points = training_sets([update], code.centroids, code.dim, 'shared')[0]
     return pq_encode(update, kmeans(points, code.centroids, generator).half(), own=True)
 
@@ -473,13 +514,17 @@ def choices(
     codebooks: Sequence[Tensor],  # the server's
 ) -> dict[str, Sequence[Tensor]]:  # layer -> codebooks; layers that use none are missing
     "Which of the server's codebooks each layer may use."
-    large = [n for n, u in updates.items() if code.kind == 'pq' and is_product(u.numel(), code.centroids, code.dim)]
-    if code.codebook == 'client' or not large: return {}
+    if code.kind != 'pq' or code.codebook == 'client': return {}
+    large = [n for n, u in updates.items() if is_product(u.numel(), code.centroids, code.dim)]
+    if not large: return {}
+
     wanted = len(large) if code.codebook == 'shared' else min(BOOKS, len(large))
     if len(codebooks) != wanted:
         raise ValueError(f'{len(codebooks)} codebooks where codebook={code.codebook!r} needs {wanted}')
-    for codebook in codebooks: check_codebook(codebook, code.centroids.bit_length() - 1, code.dim)
-    return {n: codebooks[i : i + 1] if code.codebook == 'shared' else codebooks for i, n in enumerate(large)}
+    for codebook in codebooks:
+        check_codebook(codebook, code.centroids.bit_length() - 1, code.dim)
+    if code.codebook == 'multi': return {n: codebooks for n in large}
+    return {n: codebooks[i : i + 1] for i, n in enumerate(large)}
 
 # %% ../../nbs/wire/08a_updates.ipynb #e2829f95
 def check_entries(
@@ -491,19 +536,50 @@ def check_entries(
     for name, entry in entries.items():
         if not isinstance(entry, (Tensor, *KINDS[code.kind])):
             raise WireError(f'{name}: {type(entry).__name__} in a round of {code.kind}')
-        found = 'client' if getattr(entry, 'own', False) else 'shared' if getattr(entry, 'book', 0) is None else 'multi'
-        if isinstance(entry, Pq) and found != code.codebook:
+        if not isinstance(entry, Pq): continue
+
+        found = 'client' if entry.own else 'shared' if entry.book is None else 'multi'
+        if found != code.codebook:
             raise WireError(f'{name}: a codebook of kind {found!r} in a round of {code.codebook!r}')
+
     large = sum(isinstance(entry, Pq) for entry in entries.values())
     if code.kind == 'pq' and code.codebook == 'shared' and large != len(codebooks):
         raise WireError(f'{large} product-quantised layers for {len(codebooks)} codebooks')
+
+# %% ../../nbs/wire/08a_updates.ipynb #ab8e1e05
+def _layer_seeds(
+    code: UpdateCode,  # how updates are coded
+    updates: Mapping[str, Tensor],  # quantised layers
+    seeds: Sequence[int],  # of the dithers, one a layer
+) -> dict[str, int]:  # by layer
+    "The dither's seed of each layer."
+    if code.kind == 'dither' and len(seeds) != len(updates):
+        raise ValueError(f'{len(seeds)} seeds for the dithers of {len(updates)} layers')
+    return dict(zip(updates, seeds, strict=False))
+
+# %% ../../nbs/wire/08a_updates.ipynb #85bb503c
+def _code_layer(
+    code: UpdateCode,  # how
+    name: str,  # of the layer
+    update: Tensor,  # of this round
+    residual: Tensor | None,  # what earlier rounds left
+    generator: torch.Generator,  # of stochastic rounding and of k-means
+    seed: int,  # of the dither
+    codebooks: Sequence[Tensor],  # the server's that this layer may use
+) -> tuple[Entry, Tensor | None]:  # for a message; the new residual, None without error feedback
+    "Code one layer, with error feedback and rescaled where the code asks for it."
+    value = compensate(update, residual) if code.error_feedback else update
+    if not torch.isfinite(value).all(): raise WireError(f'{name}: NaN or infinity')
+
+    entry = encode_update(code, value, generator, seed, codebooks)
+    if code.error_feedback or code.kind == 'pq': entry = fitted(entry, value)
+    return entry, value - entry.dequantize() if code.error_feedback else None
 
 # %% ../../nbs/wire/08a_updates.ipynb #6bb6d8e8
 class Compressor:
     "Updates to message entries, and back."
 
-    def __init__(self, code: UpdateCode):
-        self.code = code
+    def __init__(self, code: UpdateCode): self.code = code
 
     def compress(
         self,
@@ -512,27 +588,18 @@ class Compressor:
         seeds: Sequence[int] | None = None,  # of the dithers, one a layer
         codebooks: Sequence[Tensor] | None = None,  # the server's
         residual: Mapping[str, Tensor] | None = None,  # what earlier rounds left
-    ) -> tuple[dict[str, Entry], dict[str, Tensor]]:  # for a message; the new residual, empty without error feedback
+    ) -> tuple[dict[str, Entry], dict[str, Tensor]]:  # for a message; the new residual, or {}
         "Code a client's updates."
-        code, entries, left = self.code, dict[str, Entry](), dict[str, Tensor]()
-        if code.kind == 'dither' and len(seeds or []) != len(updates):
-            raise ValueError(f'{len(seeds or [])} seeds for the dithers of {len(updates)} layers')
-        numbers, books = dict(zip(updates, seeds or [], strict=False)), choices(code, updates, codebooks or [])
-        for name, update in updates.items():
-            value = compensate(update, (residual or {}).get(name)) if code.error_feedback else update
-            if not torch.isfinite(value).all(): raise WireError(f'{name}: NaN or infinity')
-            entry = encode_update(code, value, generator, numbers.get(name, 0), books.get(name, []))
-            if code.error_feedback or code.kind == 'pq': entry = fitted(entry, value)
-            entries[name] = entry
-            if code.error_feedback: left[name] = value - entry.dequantize()
-        return entries, left
+        numbers, before = _layer_seeds(self.code, updates, seeds or []), residual or {}
+        books = choices(self.code, updates, codebooks or [])
+        coded = {n: _code_layer(self.code, n, update, before.get(n), generator, numbers.get(n, 0),
+                                books.get(n, [])) for n, update in updates.items()}
+        left = {n: rest for n, (_, rest) in coded.items() if rest is not None}
+        return {n: entry for n, (entry, _) in coded.items()}, left
 
     def expand(
-        self,
-        entries: Mapping[str, Entry],  # of a decoded message
-        codebooks: Sequence[Tensor] | None = None,  # the server's
-    ) -> dict[str, Tensor]:  # fp32; plain tensors stay as they are
-        "Dense updates of a client."
+        self, entries: Mapping[str, Entry], codebooks: Sequence[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        "Dense fp32 updates from the entries of a decoded message; plain tensors stay as they are."
         check_entries(self.code, entries, codebooks or [])
-        ready = attach(entries, codebooks or [])
-        return dense(ready)
+        return dense(attach(entries, codebooks or []))

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the kernel inherits it: sums come out in the same order on every machine
+os.environ.pop("MPLBACKEND", None)  # the pages keep their figures
 os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
 
 import nbformat

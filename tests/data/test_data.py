@@ -1,4 +1,5 @@
 """Data: agreement with torchvision, files whole and damaged, the cache, and where things are looked for."""
+
 import io
 import os
 import pickle
@@ -38,14 +39,17 @@ from fedmpqkd.data.images import (
 )
 
 torch.set_num_threads(1)
-REAL = next((p for p in (Path(os.environ.get('FEDMPQKD_DATA') or '.'), Path(__file__).parents[3] / 'shared' / 'data')
-             if (p / 'cifar10').is_dir()), None)
-FULL_STATS = {'cifar10': ((.4914, .4822, .4465), (.2470, .2435, .2616)),
-              'cifar100': ((.5071, .4865, .4409), (.2673, .2564, .2762))}
+PLACES = (Path(os.environ.get('FEDMPQKD_DATA') or '.'), Path(__file__).parents[3] / 'shared' / 'data')
+REAL = next((p for p in PLACES if (p / 'cifar10').is_dir()), None)
+FULL_STATS = {
+    'cifar10': ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    'cifar100': ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
 
 
 def noise(n, seed=0):
-    return torch.randint(0, 256, (n, 3, 32, 32), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
 
 
 def encode(pixels, format='PNG', **options):
@@ -63,13 +67,17 @@ def write(path, x, columns, **options):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A folder with a complete small 'CIFAR-100' (12 + 4 images, two training shards) that the loader accepts as the real one."""
+    "A complete small 'CIFAR-100' (12 + 4 images, two shards) that the loader takes for the real one."
     x = noise(16)
     fine, coarse = torch.arange(16) % 100, torch.arange(16) % 20
     folder = tmp_path / 'data' / 'cifar100'
-    for name, part in (('train-00000-of-00002', slice(0, 7)), ('train-00001-of-00002', slice(7, 12)),
-                       ('test-00000-of-00001', slice(12, 16))):
-        write(folder / f'{name}.parquet', x[part], {'fine_label': fine[part].tolist(), 'coarse_label': coarse[part].tolist()})
+    for name, part in (
+        ('train-00000-of-00002', slice(0, 7)),
+        ('train-00001-of-00002', slice(7, 12)),
+        ('test-00000-of-00001', slice(12, 16)),
+    ):
+        columns = {'fine_label': fine[part].tolist(), 'coarse_label': coarse[part].tolist()}
+        write(folder / f'{name}.parquet', x[part], columns)
     mean, std = channel_stats(x[:12])
     for name in ('cifar100', 'cifar100-coarse'):
         monkeypatch.setitem(CIFAR, name, data.replace(CIFAR[name], train=12, test=4, mean=mean, std=std))
@@ -78,7 +86,8 @@ def tiny(tmp_path, monkeypatch):
     return folder, x
 
 
-# --- augmentation ---------------------------------------------------------------------------------------------------
+# --- augmentation -------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('padding', [1, 4])
 def test_views_agree_with_torchvision(padding):
@@ -88,7 +97,8 @@ def test_views_agree_with_torchvision(padding):
     dy, dx, flipped = draw_views(200, torch_rng(0, 'loader'), padding)
     views = crop_flip(padded, index, dy, dx, flipped)
     assert views.dtype == torch.uint8 and views.is_contiguous(memory_format=torch.channels_last)
-    for view, i, top, left, mirror in zip(views, index, dy.tolist(), dx.tolist(), flipped.tolist(), strict=True):
+    windows = zip(views, index, dy.tolist(), dx.tolist(), flipped.tolist(), strict=True)
+    for view, i, top, left, mirror in windows:
         expected = TF.crop(TF.pad(x[i], [padding] * 4, fill=0), top, left, 32, 32)
         assert torch.equal(view, TF.hflip(expected) if mirror else expected)
 
@@ -113,13 +123,15 @@ def test_crop_flip_of_nothing_and_of_a_slice_of_a_larger_tensor():
     none = torch.zeros(0, dtype=torch.int64)
     assert crop_flip(padded, none, none, none, none.bool()).shape == (0, 3, 32, 32)
     four, zero = torch.tensor([4]), torch.tensor([1])
-    assert torch.equal(crop_flip(padded[2:], four - 2, zero, zero, zero < 0), crop_flip(padded, four, zero, zero, zero < 0))
+    of_slice = crop_flip(padded[2:], four - 2, zero, zero, zero < 0)
+    assert torch.equal(of_slice, crop_flip(padded, four, zero, zero, zero < 0))
 
 
 @pytest.mark.parametrize('dy, dx', [(9, 0), (0, 9), (-1, 0), (0, -1)])
 def test_windows_outside_are_refused(dy, dx):
     with pytest.raises(ValueError, match='start at 0..8'):
-        crop_flip(pad_images(noise(1)), torch.tensor([0]), torch.tensor([dy]), torch.tensor([dx]), torch.tensor([False]))
+        view = (torch.tensor([v]) for v in (0, dy, dx, False))
+        crop_flip(pad_images(noise(1)), *view)
 
 
 def test_normalize_agrees_with_torchvision():
@@ -140,15 +152,21 @@ def test_normalize_is_usable_in_autograd_after_inference_mode():
     assert torch.isfinite(weight.grad).all()
 
 
-# --- data sets and subsets ------------------------------------------------------------------------------------------
+# --- data sets and subsets ----------------------------------------------------------------------------------
+
 
 @settings(max_examples=60, deadline=None)
-@given(labels=st.lists(st.integers(0, 6), min_size=1, max_size=80), fraction=st.floats(0.01, 1), seed=st.integers(0, 99))
+@given(
+    labels=st.lists(st.integers(0, 6), min_size=1, max_size=80),
+    fraction=st.floats(0.01, 1),
+    seed=st.integers(0, 99),
+)
 def test_stratified_indices_keep_proportions(labels, fraction, seed):
     y = np.array(labels)
     n = max(1, int(fraction * len(y)))
     chosen = stratified_indices(y, n, seed)
-    assert len(set(chosen.tolist())) == n and chosen.tolist() == sorted(chosen.tolist()) and chosen.dtype == np.int64
+    assert len(set(chosen.tolist())) == n and chosen.dtype == np.int64
+    assert chosen.tolist() == sorted(chosen.tolist())
     for c in set(labels):
         share = n * labels.count(c) / len(y)
         assert abs((y[chosen] == c).sum() - share) < 1  # the largest remainder never strays a whole image
@@ -156,16 +174,20 @@ def test_stratified_indices_keep_proportions(labels, fraction, seed):
 
 def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
+
     digits = load_dataset('digits')
     grey, y = load_digits(return_X_y=True)
     x = torch.cat([digits.train_x, digits.test_x])
-    assert x.shape == (1797, 3, 32, 32) and (len(digits.train_x), len(digits.test_x), digits.flip) == (1437, 360, False)
+    assert x.shape == (1797, 3, 32, 32) and not digits.flip
+    assert (len(digits.train_x), len(digits.test_x)) == (1437, 360)
     levels = x[:, 0, ::4, ::4].reshape(-1, 64).double() * 16 / 255
-    found = sorted([*row, label] for row, label in zip(levels.round().long().tolist(),
-                                                        torch.cat([digits.train_y, digits.test_y]).tolist(), strict=True))
-    assert found == sorted([*row, label] for row, label in zip(grey.astype(int).tolist(), y.tolist(), strict=True))
+    labels = torch.cat([digits.train_y, digits.test_y])
+    ours = zip(levels.round().long().tolist(), labels.tolist(), strict=True)
+    theirs = zip(grey.astype(int).tolist(), y.tolist(), strict=True)
+    assert sorted([*row, label] for row, label in ours) == sorted([*row, label] for row, label in theirs)
     pixels = digits.train_x.double() / 255
-    assert np.allclose(digits.mean, pixels.mean((0, 2, 3))) and np.allclose(digits.std, pixels.std((0, 2, 3), correction=0))
+    assert np.allclose(digits.mean, pixels.mean((0, 2, 3)))
+    assert np.allclose(digits.std, pixels.std((0, 2, 3), correction=0))
 
 
 def test_subset_keeps_order_constants_and_mixture():
@@ -187,9 +209,12 @@ def test_subset_keeps_order_constants_and_mixture():
 
 def test_fingerprint_is_the_same_in_another_process_and_kept_by_to():
     digits = load_dataset('digits')
-    code = 'from fedmpqkd.data.images import load_dataset; d = load_dataset("digits"); print(d.fingerprint, d.mean, d.std)'
-    other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
-    assert other == f'{digits.fingerprint} {digits.mean} {digits.std}'
+    code = (
+        'from fedmpqkd.data.images import load_dataset; d = load_dataset("digits");'
+        'print(d.fingerprint, d.mean, d.std)'
+    )
+    other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == f'{digits.fingerprint} {digits.mean} {digits.std}'
     assert digits.to('cpu').fingerprint == digits.fingerprint
 
 
@@ -200,29 +225,40 @@ def test_channel_stats_are_numpys():
     assert np.allclose(mean, flat.mean(1), atol=1e-12) and np.allclose(std, flat.std(1), atol=1e-12)
 
 
-@pytest.mark.parametrize('change, message', [
-    (dict(train_x=noise(4).float()), 'train images must be uint8'), (dict(test_x=noise(2)[:, :, :28, :28]), 'test images'),
-    (dict(train_y=torch.arange(4).int()), 'train labels must be int64'), (dict(test_y=torch.arange(3)), r'int64 \[2\]'),
-    (dict(train_y=torch.tensor([0, 1, 2, 9]), classes=4), r'must lie in 0..3, not 0..9'),
-    (dict(train_y=torch.tensor([0, 1, 2, -1])), 'must lie in'), (dict(train_x=noise(4)[:0], train_y=torch.arange(0)), 'empty'),
-    (dict(train_x=torch.zeros_like(noise(4))), 'cannot be normalised'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(train_x=noise(4).float()), 'train images must be uint8'),
+        (dict(test_x=noise(2)[:, :, :28, :28]), 'test images'),
+        (dict(train_y=torch.arange(4).int()), 'train labels must be int64'),
+        (dict(test_y=torch.arange(3)), r'int64 \[2\]'),
+        (dict(train_y=torch.tensor([0, 1, 2, 9]), classes=4), r'must lie in 0..3, not 0..9'),
+        (dict(train_y=torch.tensor([0, 1, 2, -1])), 'must lie in'),
+        (dict(train_x=noise(4)[:0], train_y=torch.arange(0)), 'empty'),
+        (dict(train_x=torch.zeros_like(noise(4))), 'cannot be normalised'),
+    ],
+)
 def test_wrong_tensors_are_refused(change, message):
-    good = dict(name='own', train_x=noise(4), train_y=torch.arange(4), test_x=noise(2), test_y=torch.arange(2))
+    good = dict(
+        name='own', train_x=noise(4), train_y=torch.arange(4), test_x=noise(2), test_y=torch.arange(2)
+    )
     assert from_tensors(**good).classes == 4
     with pytest.raises(ValueError, match=message):
         from_tensors(**good | change)
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- files --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize('name, modulus', [('cifar100', 100), ('cifar100-coarse', 20)])
 def test_parquet_is_read_in_order_and_cached(tiny, tmp_path, monkeypatch, name, modulus):
     folder, x = tiny
     first = load_dataset(name, folder.parent)
     assert torch.equal(first.train_x, x[:12]) and torch.equal(first.test_x, x[12:])
-    assert first.train_y.tolist() == [i % modulus for i in range(12)] and first.test_y.tolist() == [12, 13, 14, 15]
-    assert [p.suffix for p in (tmp_path / 'xdg' / 'fedmpqkd').iterdir()] == ['.pt']  # no temporary file is left
+    assert first.train_y.tolist() == [i % modulus for i in range(12)]
+    assert first.test_y.tolist() == [12, 13, 14, 15]
+    cached = [p.suffix for p in (tmp_path / 'xdg' / 'fedmpqkd').iterdir()]
+    assert cached == ['.pt']  # no temporary file is left
     monkeypatch.setattr(data, 'read_shard', lambda *a: pytest.fail('decoded again'))
     assert load_dataset(name, folder.parent).fingerprint == first.fingerprint
     assert load_dataset(name, folder).fingerprint == first.fingerprint  # the folder itself may be named
@@ -231,7 +267,8 @@ def test_parquet_is_read_in_order_and_cached(tiny, tmp_path, monkeypatch, name, 
 def test_a_changed_source_is_decoded_again(tiny):
     folder, x = tiny
     before = load_dataset('cifar100', folder.parent)
-    write(folder / 'test-00000-of-00001.parquet', x[12:].flip(0), {'fine_label': [3, 2, 1, 0], 'coarse_label': [0] * 4})
+    columns = {'fine_label': [3, 2, 1, 0], 'coarse_label': [0] * 4}
+    write(folder / 'test-00000-of-00001.parquet', x[12:].flip(0), columns)
     after = load_dataset('cifar100', folder.parent)
     assert torch.equal(after.test_x, before.test_x.flip(0)) and after.test_y.tolist() == [3, 2, 1, 0]
 
@@ -243,7 +280,13 @@ def test_a_damaged_cache_is_rebuilt_and_said(tiny, tmp_path, capsys, damage):
     path = next((tmp_path / 'xdg' / 'fedmpqkd').iterdir())
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
-    path.write_bytes({'flip': bytes(content), 'truncate': content[:5000], 'empty': b'', 'other': pickle.dumps({'a': 1})}[damage])
+    damaged = {
+        'flip': bytes(content),
+        'truncate': content[:5000],
+        'empty': b'',
+        'other': pickle.dumps({'a': 1}),
+    }
+    path.write_bytes(damaged[damage])
     assert capsys.readouterr().out == ''
     again = load_dataset('cifar100', folder.parent)
     said = capsys.readouterr().out
@@ -271,7 +314,8 @@ def break_it(folder, how):
     elif how == 'corrupt image':
         pq.write_table(pa.table({'img': [{'bytes': b'\x89PNG no', 'path': ''}] * 5, **labels}), shard)
     elif how == 'no image':
-        pq.write_table(pa.table({'img': pa.array([{'bytes': None, 'path': ''}] * 5, pa.struct({'bytes': pa.binary()})), **labels}), shard)
+        nothing = pa.array([{'bytes': None, 'path': ''}] * 5, pa.struct({'bytes': pa.binary()}))
+        pq.write_table(pa.table({'img': nothing, **labels}), shard)
     elif how == 'jpeg':
         write(shard, noise(5), labels, format='JPEG')
     elif how == 'lossy webp':
@@ -298,25 +342,28 @@ def break_it(folder, how):
         write(folder / 'train-00000-of-00001.parquet', noise(1), {'fine_label': [1], 'coarse_label': [1]})
 
 
-@pytest.mark.parametrize('how, where, what', [
-    ('cut short', 'train-00001-of-00002.parquet', 'not a readable Parquet'),
-    ('not parquet', 'train-00001-of-00002.parquet', 'not a readable Parquet'),
-    ('empty file', 'train-00001-of-00002.parquet', 'not a readable Parquet'),
-    ('corrupt image', 'train-00001-of-00002.parquet row 0', 'not a readable image'),
-    ('no image', 'train-00001-of-00002.parquet row 0', 'not a readable image'),
-    ('jpeg', 'train-00001-of-00002.parquet row 0', 'not JPEG'),
-    ('lossy webp', 'train-00001-of-00002.parquet row 0', 'not WEBP'),
-    ('small images', 'train-00001-of-00002.parquet row 0', 'needs 32x32 RGB, not PNG 28x28'),
-    ('wrong column', 'train-00001-of-00002.parquet', 'no column fine_label'),
-    ('text labels', 'train-00001-of-00002.parquet', 'no column fine_label of whole numbers'),
-    ('missing label', 'train-00001-of-00002.parquet', 'no column fine_label of whole numbers'),
-    ('label too large', 'cifar100', 'labels must lie in 0..99'),
-    ('rows missing', 'cifar100', 'has 12 \\+ 4 images, here are 11 \\+ 4'),
-    ('other pixels', 'cifar100', 'mean and std are'),
-    ('shard missing', 'cifar100', 'train-00001-of-00002.parquet missing'),
-    ('test missing', 'cifar100', 'test-\\*-of-\\*.parquet missing'),
-    ('two copies', 'cifar100', 'which copy is meant'),
-])
+@pytest.mark.parametrize(
+    'how, where, what',
+    [
+        ('cut short', 'train-00001-of-00002.parquet', 'not a readable Parquet'),
+        ('not parquet', 'train-00001-of-00002.parquet', 'not a readable Parquet'),
+        ('empty file', 'train-00001-of-00002.parquet', 'not a readable Parquet'),
+        ('corrupt image', 'train-00001-of-00002.parquet row 0', 'not a readable image'),
+        ('no image', 'train-00001-of-00002.parquet row 0', 'not a readable image'),
+        ('jpeg', 'train-00001-of-00002.parquet row 0', 'not JPEG'),
+        ('lossy webp', 'train-00001-of-00002.parquet row 0', 'not WEBP'),
+        ('small images', 'train-00001-of-00002.parquet row 0', 'needs 32x32 RGB, not PNG 28x28'),
+        ('wrong column', 'train-00001-of-00002.parquet', 'no column fine_label'),
+        ('text labels', 'train-00001-of-00002.parquet', 'no column fine_label of whole numbers'),
+        ('missing label', 'train-00001-of-00002.parquet', 'no column fine_label of whole numbers'),
+        ('label too large', 'cifar100', 'labels must lie in 0..99'),
+        ('rows missing', 'cifar100', 'has 12 \\+ 4 images, here are 11 \\+ 4'),
+        ('other pixels', 'cifar100', 'mean and std are'),
+        ('shard missing', 'cifar100', 'train-00001-of-00002.parquet missing'),
+        ('test missing', 'cifar100', 'test-\\*-of-\\*.parquet missing'),
+        ('two copies', 'cifar100', 'which copy is meant'),
+    ],
+)
 def test_damaged_files_are_named(tiny, tmp_path, how, where, what):
     break_it(tiny[0], how)
     with pytest.raises(DamagedData, match=f'{where}.*{what}'):
@@ -338,7 +385,8 @@ def test_shards_are_ordered_by_number(tmp_path):
     assert find_shards(tmp_path, 'test') == []
 
 
-# --- places ---------------------------------------------------------------------------------------------------------
+# --- places -------------------------------------------------------------------------------------------------
+
 
 def test_missing_data_name_the_set_every_place_and_the_cure(tmp_path, monkeypatch):
     monkeypatch.setenv('FEDMPQKD_DATA', str(tmp_path / 'env'))
@@ -374,10 +422,15 @@ def test_torchvision_files(tiny, tmp_path, monkeypatch, name, modulus):
     target.mkdir(parents=True)
     for split, part in (('train', range(0, 12)), ('test', range(12, 16))):
         pixels = x[list(part)].reshape(len(part), -1).numpy()
-        entry = {'data': pixels, 'fine_labels': [i % 100 for i in part], 'coarse_labels': [i % 20 for i in part]}
+        entry = {
+            'data': pixels,
+            'fine_labels': [i % 100 for i in part],
+            'coarse_labels': [i % 20 for i in part],
+        }
         (target / split).write_bytes(pickle.dumps(entry))
     (target / 'meta').write_bytes(pickle.dumps({'fine_label_names': [str(i) for i in range(100)]}))
-    with pytest.raises(DamagedData, match='cifar-100-python'):  # torchvision's checksums see that these are not its files
+    # torchvision's checksums see that these are not its files
+    with pytest.raises(DamagedData, match='cifar-100-python'):
         load_dataset(name, root)
     monkeypatch.setattr(torchvision.datasets.CIFAR10, '_check_integrity', lambda self: True)
     monkeypatch.setattr(torchvision.datasets.CIFAR100, '_load_meta', lambda self: None)
@@ -410,7 +463,8 @@ def test_registered_names():
         load_dataset('own')
 
 
-# --- the real ones --------------------------------------------------------------------------------------------------
+# --- the real ones ------------------------------------------------------------------------------------------
+
 
 @pytest.mark.skipif(REAL is None, reason='CIFAR is not at hand')
 @pytest.mark.parametrize('name, label, classes', [('cifar10', 'label', 10), ('cifar100', 'fine_label', 100)])
@@ -423,12 +477,15 @@ def test_the_real_test_set_is_lossless_and_balanced(name, label, classes):
     x, y = read_shard(buffer, label)
     assert x.shape == (500, 32, 32, 3)
     mean, std = channel_stats(torch.from_numpy(x).permute(0, 3, 1, 2))
-    assert np.allclose(mean, FULL_STATS[name][0], atol=0.03) and np.allclose(std, FULL_STATS[name][1], atol=0.03)
+    assert np.allclose(mean, FULL_STATS[name][0], atol=0.03)
+    assert np.allclose(std, FULL_STATS[name][1], atol=0.03)
     everything = pq.read_table(path, columns=[label])[label].to_numpy()
     assert np.bincount(everything).tolist() == [10_000 // classes] * classes
 
 
-@pytest.mark.skipif(REAL is None or not os.environ.get('FEDMPQKD_SLOW'), reason='decodes all of CIFAR: set FEDMPQKD_SLOW=1')
+@pytest.mark.skipif(
+    REAL is None or not os.environ.get('FEDMPQKD_SLOW'), reason='decodes all of CIFAR: set FEDMPQKD_SLOW=1'
+)
 @pytest.mark.parametrize('name', ['cifar10', 'cifar100', 'cifar100-coarse'])
 def test_the_real_sets_load(name, tmp_path):
     loaded = load_dataset(name, REAL, cache_dir=tmp_path)

@@ -1,4 +1,5 @@
 """Partitions: every index once, known limits of the skew, bounded time, impossible requests refused."""
+
 import hashlib
 import math
 import subprocess
@@ -40,8 +41,13 @@ def test_every_index_exactly_once(kind, clients):
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(20, 300), classes=st.integers(1, 12), clients=st.integers(1, 15),
-       alpha=st.floats(1e-6, 1e6), seed=st.integers(0, 10**6))
+@given(
+    n=st.integers(20, 300),
+    classes=st.integers(1, 12),
+    clients=st.integers(1, 15),
+    alpha=st.floats(1e-6, 1e6),
+    seed=st.integers(0, 10**6),
+)
 def test_dirichlet_holds_its_promises_for_any_request(n, classes, clients, alpha, seed):
     y = np.random.default_rng(seed).integers(0, classes, n)
     p = split(y, clients, dirichlet=alpha, seed=seed)
@@ -65,14 +71,17 @@ def test_skew_grows_as_the_concentration_falls():
     def largest(alpha):
         tables = [split(CIFAR10, 10, dirichlet=alpha, seed=s).table(CIFAR10, 10).to_numpy() for s in range(5)]
         return np.mean([(t / t.sum(1, keepdims=True)).max(1).mean() for t in tables])
+
     values = [largest(a) for a in (0.05, 0.5, 5.0, 500.0)]
     assert values == sorted(values, reverse=True) and values[0] > 0.6 and values[-1] < 0.13
 
 
 def test_first_class_is_dirichlet():
-    """Before any account closes, the share of one client has the mean 1/K and the variance of a Beta marginal."""
+    "Before any client is full, the share of one client has the mean 1/K and the variance of a Beta marginal."
     alpha, clients, generator = 0.7, 5, np.random.default_rng(0)
-    shares = np.array([dirichlet_counts(np.array([10_000, 1]), clients, alpha, generator)[0] for _ in range(4000)]) / 10_000
+    class_sizes = np.array([10_000, 1])
+    counts = [dirichlet_counts(class_sizes, clients, alpha, generator)[0] for _ in range(4000)]
+    shares = np.array(counts) / 10_000
     variance = (1 / clients) * (1 - 1 / clients) / (clients * alpha + 1)
     assert np.allclose(shares.mean(0), 1 / clients, atol=0.02)
     assert np.allclose(shares.var(0), variance, rtol=0.12)
@@ -104,7 +113,8 @@ def test_hopeless_draws_end_in_rebalancing_which_is_recorded():
     y = np.tile(np.arange(10), 100)  # 1,000 images, 100 clients: the smallest may hold one, but rarely does
     p = dirichlet_split(y, 100, 0.01, rng(0, 'partition'), min_fraction=0.5)
     assert p.sizes.min() >= 5
-    assert p.how.startswith('dirichlet(0.01), after 1000 draws: rebalanced, ') and p.how.endswith(' images moved')
+    assert p.how.startswith('dirichlet(0.01), after 1000 draws: rebalanced, ')
+    assert p.how.endswith(' images moved')
 
 
 def test_top_up_keeps_classes_and_moves_no_more_than_it_must():
@@ -116,12 +126,16 @@ def test_top_up_keeps_classes_and_moves_no_more_than_it_must():
 
 
 def test_same_seed_same_split_in_another_process():
-    code = ('import hashlib, numpy as np; from fedmpqkd.data.partition import split, KINDS; y = np.tile(np.arange(10), 50);'
-            'print(hashlib.sha256(b"".join(p.tobytes() for k in KINDS for p in split(y, 6, k, seed=3).parts)).hexdigest())')
-    other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
+    code = (
+        'import hashlib, numpy as np; from fedmpqkd.data.partition import split, KINDS;'
+        'y = np.tile(np.arange(10), 50);'
+        'parts = [p.tobytes() for k in KINDS for p in split(y, 6, k, seed=3).parts];'
+        'print(hashlib.sha256(b"".join(parts)).hexdigest())'
+    )
+    other = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     y = np.tile(np.arange(10), 50)
-    here = hashlib.sha256(b''.join(p.tobytes() for k in KINDS for p in split(y, 6, k, seed=3).parts)).hexdigest()
-    assert here == other
+    parts = [p.tobytes() for k in KINDS for p in split(y, 6, k, seed=3).parts]
+    assert hashlib.sha256(b''.join(parts)).hexdigest() == other.stdout.strip()
     assert split(y, 6, seed=3).parts[0].tolist() != split(y, 6, seed=4).parts[0].tolist()
 
 
@@ -173,16 +187,25 @@ def test_empty_clients_only_where_asked_for():
     assert split(np.zeros(50, dtype=int), 20, dirichlet=1e-6).sizes.min() >= 1
 
 
-@pytest.mark.parametrize('request_, message', [
-    (dict(clients=0), 'not 0'), (dict(clients=31), 'between 1 to 30 clients'),
-    (dict(dirichlet=0.0), 'positive'), (dict(dirichlet=-1.0), 'positive'), (dict(dirichlet=math.nan), 'positive'),
-    (dict(min_fraction=1.5), 'min_fraction'), (dict(min_fraction=-0.1), 'min_fraction'),
-    (dict(clients=7, min_fraction=1.0), 'min_fraction'),
-    (dict(kind='shards', classes_per_client=4), 'in 1..3'), (dict(kind='shards', classes_per_client=0), 'in 1..3'),
-    (dict(kind='shards', clients=2, classes_per_client=1), 'cannot hold all 3'),
-    (dict(kind='shards', clients=30, classes_per_client=3), 'only 10 images'),
-    (dict(kind='quantity', skew=0.0), 'skew must be positive'), (dict(kind='random'), 'unknown kind'),
-])
+@pytest.mark.parametrize(
+    'request_, message',
+    [
+        (dict(clients=0), 'not 0'),
+        (dict(clients=31), 'between 1 to 30 clients'),
+        (dict(dirichlet=0.0), 'positive'),
+        (dict(dirichlet=-1.0), 'positive'),
+        (dict(dirichlet=math.nan), 'positive'),
+        (dict(min_fraction=1.5), 'min_fraction'),
+        (dict(min_fraction=-0.1), 'min_fraction'),
+        (dict(clients=7, min_fraction=1.0), 'min_fraction'),
+        (dict(kind='shards', classes_per_client=4), 'in 1..3'),
+        (dict(kind='shards', classes_per_client=0), 'in 1..3'),
+        (dict(kind='shards', clients=2, classes_per_client=1), 'cannot hold all 3'),
+        (dict(kind='shards', clients=30, classes_per_client=3), 'only 10 images'),
+        (dict(kind='quantity', skew=0.0), 'skew must be positive'),
+        (dict(kind='random'), 'unknown kind'),
+    ],
+)
 def test_the_impossible_is_refused(request_, message):
     with pytest.raises(ValueError, match=message):
         split(**{'y': np.tile([0, 1, 2], 10), 'clients': 5} | request_)
@@ -202,6 +225,7 @@ def test_a_partition_that_is_none_cannot_be_made(parts):
 
 def test_plot_has_a_dot_for_each_filled_cell():
     import matplotlib
+
     matplotlib.use('Agg')
     p = split(CIFAR10, 10, dirichlet=0.1)
     ax = plot_partition(p, CIFAR10, 10)

@@ -1,4 +1,4 @@
-"Costs: counts against two other libraries, closed forms, clocks of known momentum_buffer, and a profiler's file read back."
+"Costs: counts against other libraries, closed forms, clocks of known speed, and a profiler's file read back."
 import copy
 import json
 import statistics
@@ -16,7 +16,8 @@ from fedmpqkd.evaluate import costs as C
 from fedmpqkd.models.vision import build_model
 
 torch.set_num_threads(1)
-NETWORKS = [('resnet20', 10), ('resnet20-A', 10), ('mobilenetv2', 100), ('mobilenetv2-imagenet', 100), ('vit-tiny-4', 10)]
+NETWORKS = [('resnet20', 10), ('resnet20-A', 10), ('mobilenetv2', 100), ('mobilenetv2-imagenet', 100),
+            ('vit-tiny-4', 10)]
 
 
 @pytest.fixture(scope='module')
@@ -31,36 +32,46 @@ def rows():
 
 # ---- what a model costs
 
-@pytest.mark.parametrize('name, macs', [('resnet20', 40_813_184), ('resnet20-A', 40_551_040), ('mobilenetv2', 88_091_648), ('mobilenetv2-imagenet', 6_240_128)])
+@pytest.mark.parametrize('name, macs', [
+    ('resnet20', 40_813_184), ('resnet20-A', 40_551_040), ('mobilenetv2', 88_091_648),
+    ('mobilenetv2-imagenet', 6_240_128)])
 def test_published_macs(rows, name, macs):
     assert (rows[name].macs, rows[name].flops) == (macs, 2 * macs)
 
 
 @pytest.mark.parametrize('name', [name for name, _ in NETWORKS])
 def test_macs_agree_with_fvcore(built, rows, name):
-    "fvcore counts convolutions, linear layers and matrix products; a fused attention it does not see, so it is unfused here."
+    """fvcore counts convolutions, linear layers and matrix products.
+
+    It does not see a fused attention, so it is unfused here.
+    """
     fvcore = pytest.importorskip('fvcore.nn')
     model = copy.deepcopy(built[name]).eval()
     for m in model.modules():
         if hasattr(m, 'fused_attn'): m.fused_attn = False
-    counted = fvcore.FlopCountAnalysis(model, torch.zeros(1, 3, 32, 32)).unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_operator()
+
+    analysis = fvcore.FlopCountAnalysis(model, torch.zeros(1, 3, 32, 32))
+    counted = analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).by_operator()
     assert rows[name].macs == counted['conv'] + counted['linear'] + counted.get('matmul', 0)
 
 
 @pytest.mark.parametrize('name, extras', [
-    ('resnet20', 10 + 7 * 16_384 + 6 * 8_192 + 6 * 4_096 + 4_096),  # bias, ReLUs of three stages, pooled values
+    # bias, ReLUs of three stages, values that are pooled
+    ('resnet20', 10 + 7 * 16_384 + 6 * 8_192 + 6 * 4_096 + 4_096),
     ('resnet20-A', 10 + 7 * 16_384 + 6 * 8_192 + 6 * 4_096 + 4_096),
     ('mobilenetv2', 100 + 1_280 * 16), ('mobilenetv2-imagenet', 100 + 1_280)])  # bias, values that are pooled
 def test_macs_agree_with_ptflops(built, rows, name, extras):
-    "ptflops adds biases, ReLUs and pools, one operation for each number; normalisation and ReLU6 are left out here."
+    "ptflops adds biases, ReLUs and pools, one operation a number; normalisation and ReLU6 are left out here."
     ptflops, timm = pytest.importorskip('ptflops'), pytest.importorskip('timm')
     rest = [nn.BatchNorm2d, timm.layers.BatchNormAct2d, nn.ReLU, nn.ReLU6, nn.AdaptiveAvgPool2d]
-    counted, _ = ptflops.get_model_complexity_info(copy.deepcopy(built[name]), (3, 32, 32), as_strings=False, backend='pytorch',
-                                                   print_per_layer_stat=False, ignore_modules=rest)
+    counted, _ = ptflops.get_model_complexity_info(
+        copy.deepcopy(built[name]), (3, 32, 32), as_strings=False, backend='pytorch',
+        print_per_layer_stat=False, ignore_modules=rest)
     assert counted - extras == rows[name].macs
 
 
-@pytest.mark.parametrize('name, classes', [('resnet20-A', 10), ('mobilenetv2-imagenet', 100), ('vit-tiny-4', 10)])
+@pytest.mark.parametrize('name, classes', [
+    ('resnet20-A', 10), ('mobilenetv2-imagenet', 100), ('vit-tiny-4', 10)])
 def test_flops_agree_with_torch(built, name, classes):
     from torch.utils.flop_counter import FlopCounterMode
     model = copy.deepcopy(built[name]).eval()
@@ -93,7 +104,9 @@ def test_mixed_bits_are_averaged_over_weights():
     assert uniform.bytes - row.bytes == sum((8 - b) * d // 8 for b, d in zip(bits, sizes, strict=True))
 
 
-@pytest.mark.parametrize('wrong, says', [(dict(bits=0), 'bits=0'), (dict(bits=[4]), '1 bit-widths for 8'), (dict(act_bits=0), 'act_bits=0'), (dict(act_bits=33), 'act_bits=33')])
+@pytest.mark.parametrize('wrong, says', [
+    (dict(bits=0), 'bits=0'), (dict(bits=[4]), '1 bit-widths for 8'), (dict(act_bits=0), 'act_bits=0'),
+    (dict(act_bits=33), 'act_bits=33')])
 def test_impossible_bits_are_refused(wrong, says):
     with pytest.raises(ValueError, match=says): C.cost_table('resnet8', 10, **wrong)
 
@@ -108,7 +121,8 @@ def test_training_flops():
 
 def test_latency_of_a_known_sleep():
     found = C.latency(lambda x: time.sleep(0.02), torch.zeros(1000, 1), warmup=1, repeats=7)
-    assert 0.02 <= found['quartiles'][0] <= found['median'] <= found['quartiles'][1] and found['median'] < 0.06
+    low, high = found['quartiles']
+    assert 0.02 <= low <= found['median'] <= high and found['median'] < 0.06
     assert (found['n'], found['images'], found['threads']) == (7, 1000, torch.get_num_threads())
 
 
@@ -125,11 +139,17 @@ def test_a_slow_call_does_not_move_the_median():
 
 
 def test_latency_waits_for_the_device(monkeypatch):
-    "A device whose work is only done when somebody synchronises."
+    "A device that does its work only when it is synchronised."
     pending = [0.0]
-    def synchronize(device): time.sleep(pending[0]); pending[0] = 0.0
+
+    def synchronize(device):
+        time.sleep(pending[0])
+        pending[0] = 0.0
+
+    def predict(x):
+        pending[0] = 0.01
+
     monkeypatch.setattr(C, 'synchronize', synchronize)
-    def predict(x): pending[0] = 0.01
     assert C.latency(predict, torch.zeros(1), warmup=1, repeats=3)['median'] >= 0.01
 
 
@@ -146,8 +166,9 @@ def test_student_is_on_its_grid_and_teacher_is_not():
 
 
 def test_latency_table_names_its_rows():
-    found = C.latency_table(dict(fast=lambda x: time.sleep(0.001), slow=lambda x: time.sleep(0.02)), torch.zeros(3), warmup=0, repeats=3)
-    assert found['median']['slow'] > 20 and found['median']['fast'] < found['median']['slow'] and (found.images == 3).all()
+    predictors = dict(fast=lambda x: time.sleep(0.001), slow=lambda x: time.sleep(0.02))
+    found = C.latency_table(predictors, torch.zeros(3), warmup=0, repeats=3)
+    assert found['median']['fast'] < found['median']['slow'] > 20 and (found.images == 3).all()
 
 
 # ---- memory, utilisation, profiler
@@ -179,7 +200,9 @@ def test_vram_comes_from_the_device(monkeypatch):
 def test_watching_ends_with_the_work():
     before = threading.active_count()
     result, seen = C.watched(lambda: time.sleep(0.06) or 'done', gauge=lambda: 50.0, every=0.01)
-    assert result == 'done' and 2 <= len(seen) <= 8 and set(seen) == {50.0} and threading.active_count() == before
+    assert result == 'done' and threading.active_count() == before
+    assert 2 <= len(seen) <= 8 and set(seen) == {50.0}
+
     def fail(): raise KeyError('work')
     with pytest.raises(KeyError): C.watched(fail, gauge=lambda: None, every=0.01)
     assert threading.active_count() == before
@@ -209,13 +232,14 @@ def test_trace_sees_other_threads(tmp_path):
 
 def test_phases():
     "A phase that does not occur in every round counts as zero there."
-    curve = [dict(phases=dict(student=2.0, evaluate=5.0))] * 2 + [dict(phases=dict(student=2.0, teacher=1.0, evaluate=5.0))] * 3
-    table = C.phases_table(dict(curve=curve))
+    two, three = dict(student=2.0, evaluate=5.0), dict(student=2.0, teacher=1.0, evaluate=5.0)
+    table = C.phases_table(dict(curve=[dict(phases=two)] * 2 + [dict(phases=three)] * 3))
     assert list(table.index) == ['evaluate', 'student', 'teacher']
     assert table.loc['teacher'].tolist() == [3.0, 1.0, pytest.approx(100 * 3 / 13)]
     assert np.isnan(table.share['evaluate']) and table.share.sum() == pytest.approx(100)
     server = C.phases_table(dict(curve=[dict(phases=dict(student=1.0, wire=3.0, distil=9.0))]))
-    assert server.share.drop('distil').to_dict() == dict(wire=75, student=25) and np.isnan(server.share['distil'])
+    assert server.share.drop('distil').to_dict() == dict(wire=75, student=25)
+    assert np.isnan(server.share['distil'])
     with pytest.raises(ValueError, match='no phases'): C.phases_table(dict(curve=[dict(round=1)]))
 
 
@@ -223,11 +247,13 @@ def test_phases():
 
 def test_round_time_by_hand():
     "190,822 bytes up and 1,097,305 down at 6 and 13 Mbit/s."
-    assert C.round_time(190_822, 1_097_305, 5, (6e6, 13e6), 0.1) == pytest.approx(0.2544293 + 0.6752646 + 5.1, abs=1e-6)
+    expected = 0.2544293 + 0.6752646 + 5.1
+    assert C.round_time(190_822, 1_097_305, 5, (6e6, 13e6), 0.1) == pytest.approx(expected, abs=1e-6)
     assert C.round_time(125_000, 0, 0, 1e6) == C.round_time(0, 125_000, 0, 1e6) == 1.0
 
 
-@pytest.mark.parametrize('arguments', [(1, 1, -1, 1e6), (-1, 1, 1, 1e6), (1, 1, 1, 0), (1, 1, 1, (1e6, 0)), (1, 1, 1, 1e6, -1)])
+@pytest.mark.parametrize('arguments', [
+    (1, 1, -1, 1e6), (-1, 1, 1, 1e6), (1, 1, 1, 0), (1, 1, 1, (1e6, 0)), (1, 1, 1, 1e6, -1)])
 def test_impossible_rounds_are_refused(arguments):
     with pytest.raises(ValueError): C.round_time(*arguments)
 
@@ -249,7 +275,8 @@ def test_slowest_of_none():
 
 def test_energy_is_linear_in_powers_and_bytes():
     power = C.Power(transmit=4, receive=1, compute=10)
-    assert C.round_energy(1e6, 2e6, 3, (8e6, 16e6), power) == dict(transmit=4.0, receive=1.0, compute=30.0, total=35.0)
+    expected = dict(transmit=4.0, receive=1.0, compute=30.0, total=35.0)
+    assert C.round_energy(1e6, 2e6, 3, (8e6, 16e6), power) == expected
     one, two = (C.round_energy(n * 1e5, n * 3e5, n * 2, 5e6)['total'] for n in (1, 2))
     assert two == pytest.approx(2 * one)
     with pytest.raises(ValueError, match='negative'): C.round_energy(1, 1, -1, 1e6)

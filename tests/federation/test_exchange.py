@@ -53,7 +53,7 @@ from fedmpqkd.federation.server import Average
 from fedmpqkd.learn.client import ClientRound, prepare
 from fedmpqkd.learn.distill import kd_loss
 from fedmpqkd.learn.replica import Clock, Replica
-from fedmpqkd.learn.vision import local_batches
+from fedmpqkd.learn.vision import image_task, local_batches
 from fedmpqkd.wire.format import FIXED, Manifest, Message, WireError, decode, encode, forecast, sizes
 
 torch.set_num_threads(1)
@@ -399,15 +399,15 @@ def test_public_labels_are_never_read(kind):
         public = public_indices(config, N)
         labels = data.train_y.clone()
         if spoilt: labels[public] = (labels[public] + 3) % 10
-        whole.pool.data = dataclasses.replace(
-            whole.pool.data, labels=Guarded(labels, public), data=dataclasses.replace(data, train_y=labels)
+        whole.pool.task = dataclasses.replace(
+            whole.pool.task, labels=Guarded(labels, public), data=dataclasses.replace(data, train_y=labels)
         )
         whole.meter = Tape()
         try:
             for t in range(2): run_module.PROTOCOLS[kind].play(whole, t)
         finally: whole.pool.close()
-        assert whole.pool.data.labels.read >= 2 * K
-        with pytest.raises(AssertionError): whole.pool.data.labels[torch.from_numpy(public[:1])]
+        assert whole.pool.task.labels.read >= 2 * K
+        with pytest.raises(AssertionError): whole.pool.task.labels[torch.from_numpy(public[:1])]
         tapes.append(whole.meter.tape)
     assert tapes[0] == tapes[1] and len(tapes[0]) >= 9
 
@@ -476,7 +476,7 @@ def test_digesting_brings_a_client_closer_to_the_mean(played, update):
 
 def test_answers_are_the_model_in_eval_mode_on_plain_images():
     config = RunConfig(**FIELDS, exchange='logits-only')
-    replica, data, public = Replica(config, 10), digits(), public_of(config)
+    replica, data, public = Replica(config, image_task(10)), digits(), public_of(config)
     with torch.no_grad():  # statistics that differ from the initial ones
         for n, t in replica.state.items():
             if 'running' in n: t.add_(torch.rand(t.shape, generator=torch.Generator().manual_seed(3)))
@@ -528,7 +528,7 @@ def test_the_headline_is_the_mean_of_the_clients_own_models(played):
     assert line['accuracy_fp'] == line['accuracy']
     assert list(line['deployed']) == ['4']
     assert line['deployed']['4'] == line['accuracy_quantised']
-    assert line['images'] == 40
+    assert line['samples'] == 40
     assert len(line['per_class']) == 10 and 'per_class' not in whole.curve[0]
 
 
@@ -537,7 +537,7 @@ def test_the_headline_is_the_mean_of_the_clients_own_models(played):
 @pytest.fixture(scope='module')
 def taught():
     config = RunConfig(**FIELDS, exchange='server-distill', public_epochs=3)
-    replica, public = Replica(config, 10), public_of(config)
+    replica, public = Replica(config, image_task(10)), public_of(config)
     state = {n: t.clone().contiguous() for n, t in replica.state.items()}
     return config, replica, public, state, answers(replica, config, state, public)
 

@@ -148,7 +148,7 @@ def test_the_gradient_of_distillation(played):
     down = [whole.decode(d) for d in whole.messages('down', 1, 0)]
     train_state, _ = prepare(replica, config, ClientRound(0, 1, torch.arange(32)), down, Clock())
     part = next(local_batches(32, config, 1, 0))
-    x, y = whole.run.pool.data.batch(*part)
+    x, y = whole.run.pool.task.batch(*part)
     logits = replica.model.train()(x)
     z = logits.detach().requires_grad_(True)
     slope, = torch.autograd.grad(distillation(train_state, x, y, z), z)
@@ -604,7 +604,7 @@ def test_fedavg_learns_digits():
 def test_one_client_is_ordinary_training(played):
     "Federated averaging of a single client, beside a bare PyTorch loop over the same batches."
     whole = played('fedavg', clients=1)
-    config, data = whole.run.config, whole.run.pool.data
+    config, data = whole.run.config, whole.run.pool.task
     model = build_model('resnet8', 10, config.seed).to(memory_format=torch.channels_last)
     losses = []
     for t in range(config.rounds):

@@ -337,7 +337,7 @@ def test_a_round_is_what_the_simulator_says(played, failure):
     line = whole.curve[0]
     assert line['consensus'] == pytest.approx(apart, rel=1e-4) and apart > 1e-3
     assert line['peer_accuracy_worst'] <= line['peer_accuracy_mean'] == line['accuracy']
-    assert line['arrived'] == int(torch.stack(alive).any(0).sum()) and line['images'] == 30
+    assert line['arrived'] == int(torch.stack(alive).any(0).sum()) and line['samples'] == 30
 
 
 def test_bytes_of_a_full_square(played):

@@ -17,7 +17,7 @@ from fedmpqkd.learn.client import ClientRound, local_round, prepare
 from fedmpqkd.learn.replica import Clock, Replica
 from fedmpqkd.learn.step import distillation, gradient_norm, local_step
 from fedmpqkd.learn.teacher import refreshed
-from fedmpqkd.learn.vision import Resident
+from fedmpqkd.learn.vision import VisionTask, image_task
 from fedmpqkd.study import experiments
 from fedmpqkd.study.experiments import EXPERIMENTS
 from fedmpqkd.wire.format import decode, encode
@@ -83,7 +83,7 @@ def test_the_presets_name_recipes_that_exist(experiment):
 
 def test_a_network_without_buffers_is_loaded():
     "A transformer has no normalisation statistics and no counters."
-    replica = Replica(config_of('fedmpq', model='vit-tiny-4'), 10)
+    replica = Replica(config_of('fedmpq', model='vit-tiny-4'), image_task(10))
     replica.load({n: torch.full_like(t, 0.5) for n, t in replica.state.items()})
     assert all(bool((t == 0.5).all()) for t in replica.state.values())
 
@@ -114,8 +114,8 @@ def test_the_control_of_equal_bytes_waits_for_fedmpq_and_equals_it(tmp_path):
 
 # --- one step by hand ---------------------------------------------------------------------------------------
 
-def batch_of(config: RunConfig, data: Resident, round: int = 1):
-    replica = Replica(config, 10)
+def batch_of(config: RunConfig, data: VisionTask, round: int = 1):
+    replica = Replica(config, image_task(10))
     server = Server(config, replica.layout, replica.state)
     down = [decode(m, server.manifest) for m in downlink(server, 0, round)]
     train_state, _ = prepare(replica, config, ClientRound(0, round, torch.arange(32)), down, Clock())
@@ -125,7 +125,7 @@ def batch_of(config: RunConfig, data: Resident, round: int = 1):
 
 def test_fedprox_adds_mu_times_the_distance(digits):
     "Two steps without momentum: the first equals FedAvg's, the second differs by lr * mu * (w - w0)."
-    data, moved = Resident.of(digits), {}
+    data, moved = VisionTask(digits), {}
     for mu in (0.0, 0.3):
         replica, train_state, batch = batch_of(config_of('fedavg', momentum=0.0, prox=mu), data)
         w = replica.weights[1]
@@ -141,7 +141,7 @@ def test_fedprox_adds_mu_times_the_distance(digits):
 
 def test_label_smoothing_is_that_of_the_textbook(digits):
     "CE with smoothing e is (1-e) CE + e * mean over classes of -log p."
-    replica, train_state, (x, y) = batch_of(config_of('fedmpq-smooth'), Resident.of(digits))
+    replica, train_state, (x, y) = batch_of(config_of('fedmpq-smooth'), VisionTask(digits))
     with torch.no_grad(): logits = replica.model(x)
     local_step(replica, train_state, x, y)
     expected = 0.9 * F.cross_entropy(logits, y) + 0.1 * -logits.log_softmax(1).mean()
@@ -150,7 +150,7 @@ def test_label_smoothing_is_that_of_the_textbook(digits):
 
 def test_the_ratio_of_gradients_is_kept(digits):
     "alpha makes the KD gradient with respect to the logits rho times as long as that of the cross-entropy."
-    replica, train_state, (x, y) = batch_of(config_of('fedmpq-kd-ratio', alpha=0.25), Resident.of(digits))
+    replica, train_state, (x, y) = batch_of(config_of('fedmpq-kd-ratio', alpha=0.25), VisionTask(digits))
     logits = replica.model(x)
     ce = F.cross_entropy(logits, y)
     term = distillation(train_state, x, y, logits, ce)
@@ -162,7 +162,7 @@ def test_the_ratio_of_gradients_is_kept(digits):
 # --- teachers that last, learn or follow --------------------------------------------------------------------
 
 def sizes_down(config: RunConfig, rounds: int) -> list[int]:
-    replica = Replica(config, 10)
+    replica = Replica(config, image_task(10))
     server = Server(config, replica.layout, replica.state)
     return [sum(map(len, downlink(server, 0, t))) for t in range(rounds)]
 
@@ -179,7 +179,7 @@ def test_a_teacher_that_lasts_is_paid_once():
 def test_a_teacher_that_lasts_is_the_one_that_was_sent(digits):
     "In a round without refreshment the client distils from its memory, not from what it received."
     config = config_of('fedmpq-kd-every5', rounds=9)
-    replica, data = Replica(config, 10), Resident.of(digits)
+    replica, data = Replica(config, image_task(10)), VisionTask(digits)
     server = Server(config, replica.layout, replica.state)
     old = local_round(
         replica, config, data, ClientRound(0, 1, torch.arange(40)), downlink(server, 0, 1), server.manifest
@@ -200,7 +200,7 @@ def test_a_teacher_that_lasts_is_the_one_that_was_sent(digits):
 def test_a_frozen_teacher_of_one_epoch_is_the_student(digits):
     "refresh 0 with two epochs: the second epoch's teacher is the student at its beginning."
     config = config_of('fedmpq-kd-epoch', local_epochs=2, teacher='delivered')
-    replica, data = Replica(config, 10), Resident.of(digits)
+    replica, data = Replica(config, image_task(10)), VisionTask(digits)
     server = Server(config, replica.layout, replica.state)
     loads = []
     load = replica.folded.load
@@ -216,7 +216,7 @@ def test_only_a_teacher_in_eval_mode_depends_on_running_statistics(method, depen
     "The student normalises by the batch: perturbed running means reach its losses through the teacher only."
     config, logged = config_of(method), []
     for error in (0.0, 0.5):
-        replica, data = Replica(config, 10), Resident.of(digits)
+        replica, data = Replica(config, image_task(10)), VisionTask(digits)
         server = Server(
             config,
             replica.layout,
@@ -236,7 +236,7 @@ def test_only_a_teacher_in_eval_mode_depends_on_running_statistics(method, depen
 
 def test_the_co_updated_teacher_learns_and_the_server_never_sees_it(digits):
     config = config_of('fedmpq-kd-co')
-    replica, data = Replica(config, 10), Resident.of(digits)
+    replica, data = Replica(config, image_task(10)), VisionTask(digits)
     server = Server(config, replica.layout, replica.state)
     before = {n: t.clone() for n, t in server.state.items()}
     local_round(
@@ -250,7 +250,7 @@ def test_the_co_updated_teacher_learns_and_the_server_never_sees_it(digits):
 @pytest.mark.parametrize('method', ['fedavg', 'fedpq', 'fedmpq', 'fedmpq-kd', 'fedmpq-kd-q8', 'fedmpq-sr'])
 def test_what_is_packed_once_a_budget_is_what_each_client_would_have_been_sent(method):
     config = config_of(method, clients=3, bits=(2, 4, 2))
-    server = Server(config, Replica(config, 10).layout, Replica(config, 10).state)
+    server = Server(config, Replica(config, image_task(10)).layout, Replica(config, image_task(10)).state)
     for _ in range(2):  # again after the model has changed within the round's number
         for client in (0, 1, 2): assert downlink(server, client, 1) == messages_for(server, client, 1)
         server.state = {n: t + 1 if t.is_floating_point() else t for n, t in server.state.items()}
@@ -298,7 +298,7 @@ def test_a_resumed_server_has_its_codebooks(digits):
 def test_error_feedback_remembers_what_was_lost(digits):
     "What was sent plus the residual is the client's true update, layer by layer."
     config = config_of('fedpaq-ef', update_bits=3)
-    replica, data = Replica(config, 10), Resident.of(digits)
+    replica, data = Replica(config, image_task(10)), VisionTask(digits)
     server = Server(config, replica.layout, replica.state)
     down = downlink(server, 0, 0)
     result = local_round(replica, config, data, ClientRound(0, 0, torch.arange(40)), down, server.manifest)
@@ -315,7 +315,7 @@ def test_a_second_message_of_a_client_is_refused(digits):
     from fedmpqkd.federation.server import aggregate, receive
     from fedmpqkd.wire.format import Message, WireError
     config = config_of('fedmpq')
-    replica = Replica(config, 10)
+    replica = Replica(config, image_task(10))
     server = Server(config, replica.layout, replica.state)
     entries = decode(downlink(server, 0, 0)[0], server.manifest).entries
     receive(server, encode(Message(0, 0, 1, 10, entries), server.manifest), 0)
@@ -343,7 +343,7 @@ def test_noise_begins_when_it_should_and_touches_whom_it_should(digits):
         config_of('fedavg', rounds=4, label_noise=0.5, noise_from=2, noise_clients=0.5), digits, workers=1
     )
     seen = []
-    play(federation, [], after=lambda curve: seen.append(federation.pool.data.labels.clone()))
+    play(federation, [], after=lambda curve: seen.append(federation.pool.task.labels.clone()))
     federation.pool.close()
     clean = digits.train_y
     assert [torch.equal(labels, clean) for labels in seen] == [True, True, False, False]

@@ -19,7 +19,7 @@ from fedmpqkd.learn.client import ClientRound, local_round, prepare
 from fedmpqkd.learn.distill import kd_loss
 from fedmpqkd.learn.replica import Clock, Replica
 from fedmpqkd.learn.step import TrainState, local_step
-from fedmpqkd.learn.vision import Resident
+from fedmpqkd.learn.vision import VisionTask, image_task
 from fedmpqkd.models.vision import layout, mobilenetv2, quantized_names
 from fedmpqkd.quant.bits import Rule
 from fedmpqkd.quant.quantize import fake_quantize, quantize
@@ -48,9 +48,9 @@ def world():
     x, y = torch.randint(0, 256, (60, 3, 32, 32), dtype=torch.uint8, generator=g), torch.arange(60) % 10
     x[:, 0] = (x[:, 0] // 4 + 19 * y[:, None, None]).to(torch.uint8)
     data = from_tensors('noise', x[:48], y[:48], x[48:], y[48:], flip=False)
-    replica = Replica(RunConfig(model='resnet8'), 10)
+    replica = Replica(RunConfig(model='resnet8'), image_task(10))
     state = {n: t.clone().contiguous() for n, t in replica.state.items()}
-    return SimpleNamespace(replica=replica, data=data, resident=Resident.of(data), manifest=manifest_of(replica.layout),
+    return SimpleNamespace(replica=replica, data=data, resident=VisionTask(data), manifest=manifest_of(replica.layout),
                            state=state, x=torch.randn(16, 3, 32, 32, generator=g), y=torch.arange(16) % 10)
 
 

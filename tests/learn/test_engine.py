@@ -14,7 +14,7 @@ from fedmpqkd.learn import client, graphs
 from fedmpqkd.learn.client import ClientRound, prepare
 from fedmpqkd.learn.replica import Clock, Replica
 from fedmpqkd.learn.step import local_step
-from fedmpqkd.learn.vision import Resident
+from fedmpqkd.learn.vision import VisionTask, image_task
 from fedmpqkd.wire.format import decode
 from fedmpqkd.wire.messages import manifest_of
 
@@ -92,7 +92,7 @@ class NoQuestions(TorchDispatchMode):
                                     'fedmpq-kd-ratio', 'fedmpq-kd-js', 'fedmpq-kd-mse'])
 def test_a_step_reads_nothing_back(method):
     config = make_config(method, **FIELDS | dict(kd_warmup_rounds=0))
-    data, replica = Resident.of(load_dataset('digits').subset(100, 50)), Replica(config, 10)
+    data, replica = VisionTask(load_dataset('digits').subset(100, 50)), Replica(config, image_task(10))
     server = Server(config, replica.layout, replica.state)
     down = [decode(m, manifest_of(replica.layout)) for m in downlink(server, 0, 1)]
     train_state, _ = prepare(replica, config, ClientRound(0, 1, torch.arange(40)), down, Clock())

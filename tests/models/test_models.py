@@ -1,4 +1,4 @@
-"Models: numbers of the published networks, other libraries' counts, and invariants of layout, folding and naming."
+"Models: published numbers, other libraries' counts, and invariants of layout, folding and naming."
 import copy
 
 import numpy as np
@@ -62,7 +62,9 @@ def test_layout_of_resnet20_and_its_bytes(built):
     plan = M.layout(built['resnet20'])
     assert plan.sizes() == [432] + [2304] * 6 + [4608] + [9216] * 5 + [18432] + [36864] * 5 + [640]
     assert sum(plan.sizes()) == 268_336
-    count = lambda names: sum(int(np.prod(plan.shapes[n])) for n in names)
+
+    def count(names): return sum(int(np.prod(plan.shapes[n])) for n in names)
+
     assert len(plan.counters) == 21
     assert count(n for n in plan.others if 'shortcut.0' in n) == 512 + 2048
     bn = sum(m.num_features for m in built['resnet20'].modules() if isinstance(m, nn.BatchNorm2d))
@@ -88,7 +90,8 @@ def test_layout_is_a_partition_in_state_order(built, name):
 
 def test_which_weights_are_quantised(built):
     vit = set(M.quantized_names(built['vit-tiny-4']))
-    assert {'patch_embed.proj.weight', 'head.weight', 'blocks.0.attn.qkv.weight', 'blocks.5.mlp.fc2.weight'} <= vit
+    named = {'patch_embed.proj.weight', 'head.weight', 'blocks.0.attn.qkv.weight', 'blocks.5.mlp.fc2.weight'}
+    assert named <= vit
     assert len(vit) == 1 + 6 * 4 + 1
     assert not any(w in n for n in vit for w in ('norm', 'bias', 'pos_embed', 'cls_token'))
     mobile = M.quantized_names(built['mobilenetv2'])
@@ -115,11 +118,13 @@ def test_layout_refuses_what_it_cannot_send():
 # ---- other libraries count the same
 
 def test_parameters_agree_with_timm(built):
-    count = lambda m: sum(p.numel() for p in m.parameters())
-    assert M.count_parameters(built['mobilenetv2']) == count(timm.create_model('mobilenetv2_100', num_classes=100))
+    def count(m): return sum(p.numel() for p in m.parameters())
+    def shapes(m): return {n: p.shape for n, p in m.named_parameters()}
+
+    mobile = timm.create_model('mobilenetv2_100', num_classes=100)
+    assert M.count_parameters(built['mobilenetv2']) == count(mobile)
     small = timm.create_model('vit_small_patch16_224', img_size=32, patch_size=4, num_classes=10)
     assert M.count_parameters(built['vit-small-4']) == count(small)
-    shapes = lambda m: {n: p.shape for n, p in m.named_parameters()}
     assert shapes(built['vit-small-4']) == shapes(small)
 
 
@@ -132,14 +137,16 @@ def test_macs_agree_with_fvcore(built, name):
 
 
 @pytest.mark.parametrize('name, extras', [
-    ('resnet20', 10 + 7 * 16_384 + 6 * 8_192 + 6 * 4_096 + 4_096),  # bias, ReLUs of three stages, pooled values
+    # bias, ReLUs of three stages, pooled values
+    ('resnet20', 10 + 7 * 16_384 + 6 * 8_192 + 6 * 4_096 + 4_096),
     ('mobilenetv2-imagenet', 100 + 1_280)])
 def test_macs_agree_with_ptflops(built, name, extras):
-    "ptflops adds biases, ReLUs and pools, one operation for each number; normalisation and ReLU6 are left out here."
+    "ptflops adds biases, ReLUs and pools, one operation a number; normalisation and ReLU6 are left out here."
     from ptflops import get_model_complexity_info
     rest = [nn.BatchNorm2d, timm.layers.BatchNormAct2d, nn.ReLU, nn.ReLU6, nn.AdaptiveAvgPool2d]
-    counted, _ = get_model_complexity_info(copy.deepcopy(built[name]), (3, 32, 32), as_strings=False, backend='pytorch',
-                                           print_per_layer_stat=False, ignore_modules=rest)
+    counted, _ = get_model_complexity_info(
+        copy.deepcopy(built[name]), (3, 32, 32),
+        as_strings=False, backend='pytorch', print_per_layer_stat=False, ignore_modules=rest)
     assert counted - extras == M.count_macs(built[name])
 
 
@@ -174,7 +181,8 @@ def test_counting_leaves_no_trace(built):
 # ---- building
 
 def test_initial_weights_have_their_own_stream():
-    torch.manual_seed(5); np.random.seed(5)
+    torch.manual_seed(5)
+    np.random.seed(5)
     state = torch.random.get_rng_state()
     a = M.build_model('mobilenetv2', 10, seed=3).state_dict()
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -186,9 +194,12 @@ def test_initial_weights_have_their_own_stream():
 
 
 def test_seed_none_draws_from_the_global_generator():
-    torch.manual_seed(1); a = M.build_model('resnet8', 10, seed=None)
+    torch.manual_seed(1)
+    a = M.build_model('resnet8', 10, seed=None)
     b = M.build_model('resnet8', 10, seed=None)
-    torch.manual_seed(1); c = M.build_model('resnet8', 10, seed=None)
+
+    torch.manual_seed(1)
+    c = M.build_model('resnet8', 10, seed=None)
     assert torch.equal(a.conv1.weight, c.conv1.weight) and not torch.equal(a.conv1.weight, b.conv1.weight)
 
 
@@ -197,7 +208,8 @@ def test_weights_start_uniform_within_one_over_root_fan_in(built):
         if isinstance(m, nn.Conv2d | nn.Linear):
             bound = m.weight[0].numel() ** -0.5
             assert m.weight.abs().max().item() <= bound * (1 + 1e-6)
-            if m.weight.numel() > 4000: assert m.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
+            if m.weight.numel() > 4000:
+                assert m.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.03)
 
 
 def test_activations_can_be_exchanged_but_the_first():
@@ -216,11 +228,14 @@ def test_activations_can_be_exchanged_but_the_first():
     assert len({id(m) for m in acts}) == 18  # a learned range belongs to one place
 
 
-def test_errors_at_the_door(monkeypatch):
-    monkeypatch.setattr(M, '_MODELS', {name: M._MODELS[name] for name in ALL})  # other tests register networks of their own
-    with pytest.raises(ValueError, match="unknown model 'vgg'; choose from mobilenetv2"): M.build_model('vgg', 10)
+def test_what_is_refused(monkeypatch):
+    # other tests register networks of their own
+    monkeypatch.setattr(M, '_MODELS', {name: M._MODELS[name] for name in ALL})
+    with pytest.raises(ValueError, match="unknown model 'vgg'; choose from mobilenetv2"):
+        M.build_model('vgg', 10)
     with pytest.raises(ValueError, match='classes must be at least 1'): M.build_model('resnet8', 0)
-    with pytest.raises(ValueError, match='no exchangeable activations'): M.build_model('vit-tiny-4', 10, act=nn.ReLU)
+    with pytest.raises(ValueError, match='no exchangeable activations'):
+        M.build_model('vit-tiny-4', 10, act=nn.ReLU)
     with pytest.raises(ValueError, match='must be callable'): M.register_model('broken', 3)
     assert 'broken' not in M.model_names()
 
@@ -326,11 +341,15 @@ def test_folding_leaves_the_model_alone_and_its_logits_enter_a_loss(built):
 
 def test_loading_twice_equals_loading_once():
     fast = M.fold_batchnorm(M.build_model('resnet8', 10, seed=0))
-    one, two = shaken(M.build_model('resnet8', 10, seed=1), 1), shaken(M.build_model('resnet8', 10, seed=2), 2)
+    one, two = (shaken(M.build_model('resnet8', 10, seed=n), n) for n in (1, 2))
     x = images()
-    fast.load(one.state_dict()); first = fast(x)
-    fast.load(two.state_dict()); assert not torch.allclose(fast(x), first)
-    fast.load(one.state_dict()); assert torch.equal(fast(x), first)
+
+    fast.load(one.state_dict())
+    first = fast(x)
+    fast.load(two.state_dict())
+    assert not torch.allclose(fast(x), first)
+    fast.load(one.state_dict())
+    assert torch.equal(fast(x), first)
 
 
 @pytest.mark.parametrize('memory', [torch.contiguous_format, torch.channels_last])
@@ -355,7 +374,7 @@ class Odd(nn.Module):
     "A biased pair, a convolution with two readers, a shared convolution, a normalisation in front."
     def __init__(self):
         super().__init__()
-        conv = lambda: nn.Conv2d(4, 4, 3, padding=1)
+        def conv(): return nn.Conv2d(4, 4, 3, padding=1)
         self.front, self.stem = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1)
         self.biased, self.bn1 = conv(), nn.BatchNorm2d(4, eps=0.1)
         self.read_twice, self.bn2 = conv(), nn.BatchNorm2d(4)
@@ -406,9 +425,10 @@ def test_fall_back_to_the_plain_model(make):
 def test_unknown_normalisations_are_left_alone():
     class Doubled(nn.BatchNorm2d):
         def forward(self, x): return 2 * super().forward(x)
-    parts = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), Doubled(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, affine=False),
-                                  nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 26 * 26, 3))
-    model = parts()
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), Doubled(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, affine=False),
+        nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 26 * 26, 3))
     for m in (model[1], model[5]): shaken(m)
     fast = M.fold_batchnorm(model)
     assert [(p.conv, p.bn) for p in fast.pairs] == [('4', '5')]

@@ -23,7 +23,7 @@ from fedmpqkd.federation.run import play, recalibrated
 from fedmpqkd.federation.server import Server, deployed, downlink
 from fedmpqkd.learn.client import ClientRound, local_round
 from fedmpqkd.learn.replica import Replica
-from fedmpqkd.learn.vision import Resident, epoch_batches
+from fedmpqkd.learn.vision import VisionTask, epoch_batches, image_task
 from fedmpqkd.models.vision import register_model
 from fedmpqkd.quant.bits import RULES, group_lasso, plane_weights
 from fedmpqkd.quant.quantize import quantize
@@ -56,7 +56,7 @@ def data():
 
 def place(config, data, n=64, round=1, client=0):
     "What a replay needs, with the server it came from."
-    replica, images = Replica(config, data.classes), Resident.of(data)
+    replica, images = Replica(config, data.classes), VisionTask(data)
     server = Server(config, replica.layout, replica.state)
     work = ClientRound(client, round, torch.arange(n))
     return (replica, config, images, work, downlink(server, client, round)), server
@@ -299,7 +299,7 @@ def test_matched_prox_needs_a_teacher_and_a_distance(data):
 @pytest.mark.parametrize('model, last', [('resnet8', 'fc'), ('mobilenetv2', 'classifier'), ('vit-tiny-4', 'head')])
 def test_features_times_classifier_are_the_logits(data, model, last):
     config = RunConfig(model=model)
-    replica = Replica(config, 4)
+    replica = Replica(config, image_task(4))
     state = {n: t.clone() for n, t in replica.state.items()}
     g = torch.Generator().manual_seed(5)
     state[f'{last}.weight'] = torch.randn(state[f'{last}.weight'].shape, generator=g)
@@ -400,7 +400,7 @@ def test_directions_are_as_long_as_the_filters():
 def norm_config(): return RunConfig(model='norm for diagnostics', clients=1)
 
 def test_fresh_statistics_by_hand(data):
-    replica, images = Replica(norm_config(), 4), Resident.of(data)
+    replica, images = Replica(norm_config(), image_task(4)), VisionTask(data)
     state = {n: t.clone() for n, t in replica.state.items()} | {'0.running_mean': torch.full((3,), 7.0)}
     found = D.fresh_statistics(replica, state, images, images=96)
     mean, std = (np.array(v)[:, None, None] for v in (data.mean, data.std))
@@ -415,9 +415,9 @@ def test_fresh_statistics_by_hand(data):
 def test_lag_of_spoilt_statistics(data):
     "Means a thousand deviations off drown the image; fresh statistics restore the very same teacher."
     config = norm_config()
-    pool = WorkerPool(config, Resident.of(data), workers=1)
+    pool = WorkerPool(config, VisionTask(data), workers=1)
     try:
-        good = D.fresh_statistics(pool.replica, {n: t.clone() for n, t in pool.replica.state.items()}, pool.data, 96)
+        good = D.fresh_statistics(pool.replica, {n: t.clone() for n, t in pool.replica.state.items()}, pool.task, 96)
         bad = good | {'0.running_mean': torch.full((3,), 1000.0)}
         found, healthy = D.teacher_lag(pool, bad, good, 96, 96), D.teacher_lag(pool, good, good, 96, 96)
     finally: pool.close()
@@ -431,6 +431,6 @@ def test_fresh_statistics_agree_with_the_record(data):
     run = open_run(config, data, workers=1)
     try:
         play(run, [])
-        fresh = D.fresh_statistics(run.pool.replica, deployed(run.server, 4.0), run.pool.data, 1000)
+        fresh = D.fresh_statistics(run.pool.replica, deployed(run.server, 4.0), run.pool.task, 1000)
         assert D.evaluate(run.pool, fresh, torch.arange(40))['accuracy'] == recalibrated(run)['accuracy_recalibrated']
     finally: run.pool.close()
