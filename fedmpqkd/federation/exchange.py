@@ -540,7 +540,7 @@ def client_scores(
         accuracy=average_of(own, 'accuracy'), accuracy_worst=min(accuracy),
         accuracy_std=float(np.std(accuracy)), ece=average_of(own, 'ece'), deployed=deployed,
         accuracy_quantised=average_of(cut, 'accuracy'), accuracy_fp=average_of(own, 'accuracy'),
-        images=images)
+        samples=images)
     diverged = any(r['diverged'] for r in own + cut)
     return line | (dict(diverged=True) if diverged else dict(nll=average_of(own, 'nll')))
 

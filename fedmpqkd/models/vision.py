@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -505,6 +505,8 @@ class Folded:
 
     def __call__(self, x: Tensor) -> Tensor:  # [B, 3, H, W] to [B, classes]
         "Logits in eval mode, without a graph."
+        if x.dim() != 4:  # no images: nothing to cut into portions
+            with torch.inference_mode(): return cast(Tensor, self.model(x))
         image = tuple(x.shape[1:])
         if image not in self.macs:
             self.macs[image] = count_macs(self.model, image)

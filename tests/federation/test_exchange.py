@@ -53,7 +53,7 @@ from fedmpqkd.federation.server import Average
 from fedmpqkd.learn.client import ClientRound, prepare
 from fedmpqkd.learn.distill import kd_loss
 from fedmpqkd.learn.replica import Clock, Replica
-from fedmpqkd.learn.vision import image_task, local_batches
+from fedmpqkd.learn.vision import VisionTask, image_task, local_batches
 from fedmpqkd.wire.format import FIXED, Manifest, Message, WireError, decode, encode, forecast, sizes
 
 torch.set_num_threads(1)
@@ -399,9 +399,8 @@ def test_public_labels_are_never_read(kind):
         public = public_indices(config, N)
         labels = data.train_y.clone()
         if spoilt: labels[public] = (labels[public] + 3) % 10
-        whole.pool.task = dataclasses.replace(
-            whole.pool.task, labels=Guarded(labels, public), data=dataclasses.replace(data, train_y=labels)
-        )
+        whole.pool.task = VisionTask(dataclasses.replace(data, train_y=labels))
+        whole.pool.task.labels = Guarded(labels, public)
         whole.meter = Tape()
         try:
             for t in range(2): run_module.PROTOCOLS[kind].play(whole, t)

@@ -316,7 +316,7 @@ def test_clients_without_an_image_and_with_one():
     assert not torch.equal(up.dense()['fc.weight'], down.dense()['fc.weight'])
     big = whole.decode(whole.messages('up', 0, 0)[0])
     assert int(big.entries['bn1.num_batches_tracked']) == 8  # 119 images in batches of 16
-    record = make_record(whole.run, whole.curve, digits(), 'cpu')
+    record = make_record(whole.run, whole.curve)
     whole.run.pool.close()
     assert 0 <= record['summary']['dispersion']['std'] <= 50 and np.isfinite(whole.curve[-1]['nll'])
 
@@ -360,7 +360,7 @@ def test_a_model_beyond_numbers_is_called_diverged(tmp_path):
     assert (line['arrived'], line['diverged'], line['accuracy']) == (0, True, 10.0) and len(line['failed']) == 2
     assert 'loss' not in line and 'nll' not in line
     journal = Journal(tmp_path, 'g', 'n', 'id')
-    journal.finish(make_record(whole.run, whole.curve, digits(), 'cpu'))
+    journal.finish(make_record(whole.run, whole.curve))
     whole.run.pool.close()
     assert strict_json(journal.record_path.read_text())['summary']['dispersion'] == {}
 

@@ -100,7 +100,8 @@ def test_defect_01_weights_restored_before_the_backward_pass(world):
         start = [quantize(w[n], bits) for n in net.layout.quantized]
         rule = Listener(RunConfig(model='resnet8'), start, [p.data for p in net.weights])
         told = Stopped(net.others)
-        local_step(net, TrainState(RunConfig(model='resnet8'), 0.0, 2.0, None, rule, told, Clock()), world.x, world.y)
+        state = TrainState(RunConfig(model='resnet8'), net.task, 0.0, 2.0, None, rule, told, Clock())
+        local_step(net, state, world.x, world.y)
         # the same by explicit straight-through estimation in a fresh graph
         model = copy.deepcopy(net.model).train()
         leaves = {n: w[n].clone().requires_grad_(True) for n in (*net.layout.quantized, *net.layout.others)}
