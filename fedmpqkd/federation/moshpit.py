@@ -389,7 +389,7 @@ def evaluate_peers(
     keys = [key for key in ('accuracy', 'ece', 'nll') if key in line]
     line |= {key: float(np.mean([s[key] for s in scores])) for key in keys}
     worst, consensus = min(s['accuracy'] for s in scores), float(np.mean(apart))
-    return line | dict(images=len(index), peer_accuracy_mean=line['accuracy'], peer_accuracy_worst=worst,
+    return line | dict(samples=len(index), peer_accuracy_mean=line['accuracy'], peer_accuracy_worst=worst,
                        consensus=consensus)
 
 # %% ../../nbs/federation/12c_moshpit.ipynb #55b58431

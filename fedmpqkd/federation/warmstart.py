@@ -51,7 +51,8 @@ def after_fedavg(
     run = open_run(replace(config, warm_start='none'), data, device, workers)
     try:
         for round in range(rounds): run_round(run, round)
-        accuracy = evaluate(run.pool, run.server.state, torch.arange(len(run.pool.task.test_targets)))['accuracy']
+        everything = torch.arange(len(run.pool.task.test_targets))
+        accuracy = evaluate(run.pool, run.server.state, everything)['accuracy']
     finally: run.pool.close()
     total = run.meter.total
     cost = dict(start=config.warm_start, accuracy=accuracy, bytes_down=total['down'], bytes_up=total['up'])
