@@ -167,7 +167,7 @@ def _as_bytes(pixels: np.ndarray) -> np.ndarray | None:
     whole: np.ndarray = np.rint(pixels).astype(np.uint8)
     return whole
 
-
+# %% ../../nbs/data/02_images.ipynb #2d75e86e
 def as_pixels(
     image: Any,  # a PIL picture, an array, a tensor, a nested list
     where: str,  # for the message
@@ -190,13 +190,13 @@ def _label_array(
 ) -> np.ndarray:  # int64 or text [N]
     "Labels as whole numbers or as words."
     array = np.asarray([v.item() if hasattr(v, 'item') else v for v in y])
-    if array.ndim != 1: raise ValueError(f'{split} labels: one for each image is needed, not {list(array.shape)}')
+    if array.ndim != 1: raise ValueError(f'{split} labels: one an image, not {list(array.shape)}')
     if array.dtype.kind == 'f' and (array == np.rint(array)).all(): array = array.astype(np.int64)
     if array.dtype.kind in 'biu' or not len(array): return array.astype(np.int64)
     if array.dtype.kind in 'US': return array.astype(str)
     raise ValueError(f'{split} labels must be whole numbers or words, not {array.dtype}')
 
-
+# %% ../../nbs/data/02_images.ipynb #be751275
 def as_classes(
     name: str,  # of the data set, for the line
     train_y: Any,  # labels
@@ -205,12 +205,13 @@ def as_classes(
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:  # int64 each; names, where labels were numbered
     "Labels of any common kind as 0..C-1."
     tensors = isinstance(train_y, torch.Tensor) and isinstance(test_y, torch.Tensor)
-    if tensors and not train_y.dtype == test_y.dtype == torch.int64: return train_y, test_y, ()  # refused later
+    if tensors and not train_y.dtype == test_y.dtype == torch.int64: return train_y, test_y, ()  # to refuse
     train, test = _label_array(train_y, 'train'), _label_array(test_y, 'test')
     if train.dtype.kind != test.dtype.kind: raise ValueError('labels must be words in both parts, or in none')
     values = np.unique(np.concatenate([train, test]))
     number = values.dtype.kind == 'i'
-    if number and (classes or values.min(initial=0) < 0 or np.array_equal(values, np.arange(len(values)))):
+    usual = number and np.array_equal(values, np.arange(len(values)))
+    if usual or number and (classes or values.min() < 0):
         if tensors: return train_y, test_y, ()
         return torch.from_numpy(train), torch.from_numpy(test), ()
 
@@ -227,7 +228,7 @@ def _stacked(split: str, images: Any) -> torch.Tensor:
     if not pixels: raise ValueError(f'{split} set is empty')
     return torch.from_numpy(np.stack(pixels))
 
-
+# %% ../../nbs/data/02_images.ipynb #18ba03c8
 def from_tensors(
     name: str,  # appears in records
     train_x: Any,  # uint8 [N, 3, 32, 32], or what `as_pixels` makes that of
@@ -429,7 +430,7 @@ def declared_size(
     bits = int.from_bytes(data[21:25], 'little')  # 14 bits of width - 1, then 14 of height - 1
     return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
 
-
+# %% ../../nbs/data/02_images.ipynb #4286604d
 def decode_image(
     data: bytes | None,  # one file's content
     where: str,  # file and row, for the message
@@ -485,7 +486,7 @@ def read_shard(
     try:
         for batch in file.iter_batches(256, columns=['img', label]):
             labels = batch.column(label)
-            if labels.null_count: raise DamagedData(f'{path}: no column {label} of whole numbers without gaps')
+            if labels.null_count: raise DamagedData(f'{path}: no column {label} of whole numbers: gaps')
             files = batch.column('img').field('bytes')
             for data in files:
                 where = f'{path} row {len(x)}'
@@ -651,6 +652,17 @@ def read_pickle(
     if not isinstance(found, dict): raise DamagedData(f'{path}: holds no dictionary')
     return found
 
+# %% ../../nbs/data/02_images.ipynb #b4a85b65
+def _fetch(
+    reader: Any,  # torchvision's class
+    root: Path,  # the folder above its own
+) -> None:
+    "Let torchvision download its files; its constructor is left out, because that would unpickle."
+    fetcher = reader.__new__(reader)
+    fetcher.root = str(root)
+    try: fetcher.download()
+    except (RuntimeError, OSError) as error: raise DamagedData(f'{root}: {error}') from error
+
 # %% ../../nbs/data/02_images.ipynb #274a552c
 def read_torchvision(
     spec: Cifar,  # which task
@@ -661,12 +673,8 @@ def read_torchvision(
     from torchvision.datasets import CIFAR10, CIFAR100
 
     folder, reader = root / spec.torchvision, CIFAR10 if spec.folder == 'cifar10' else CIFAR100
-    if not folder.exists() and not download: return None
-    if download:
-        fetcher = reader.__new__(reader)  # its constructor would unpickle
-        fetcher.root = str(root)
-        try: fetcher.download()
-        except (RuntimeError, OSError) as error: raise DamagedData(f'{folder}: {error}') from error
+    if download: _fetch(reader, root)
+    elif not folder.exists(): return None
 
     splits, key = [], 'labels' if spec.folder == 'cifar10' else f'{spec.label}s'
     for files in (reader.train_list, reader.test_list):

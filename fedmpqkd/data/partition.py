@@ -252,6 +252,7 @@ def quantity_split(
     return Partition(deal(np.zeros_like(labels), counts, generator), f'quantity({skew:g}), {note}')
 
 # %% ../../nbs/data/03_partition.ipynb #eab91e60
+# long: the kinds in one place
 KINDS = ('iid', 'dirichlet', 'shards', 'quantity')
 
 
@@ -261,7 +262,7 @@ def split(
     kind: str = 'dirichlet',  # one of `KINDS`
     seed: int = 0,  # same seed, same split, on every machine
     dirichlet: float = 0.5,  # for 'dirichlet': concentration, inf is IID
-    classes_per_client: int | None = None,  # for 'shards'; None: 2, or more where few clients must hold all
+    classes_per_client: int | None = None,  # for 'shards'; None: 2, or more if there are few clients
     skew: float = 1.0,  # for 'quantity': concentration of the sizes
     min_fraction: float = 0.1,  # for 'dirichlet' and 'quantity': smallest client over N/K
 ) -> Partition:

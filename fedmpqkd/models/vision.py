@@ -272,7 +272,8 @@ def quantized_names(
     predicate: Callable[[str, nn.Module], bool] | None = None,  # which modules; None: the network's choice
 ) -> list[str]:  # names of weights, in the order of the modules
     "The weights that are quantised, from the input to the output."
-    choose = predicate or getattr(model, 'quantizes', is_quantized)
+    own: Any = getattr(model, 'quantizes', is_quantized)
+    choose = own if predicate is None else predicate
     return [f'{name}.weight'.lstrip('.') for name, module in model.named_modules() if choose(name, module)]
 
 # %% ../../nbs/models/04_vision.ipynb #8f8a22cc
@@ -609,15 +610,16 @@ def portions(
 def _trained(
     state: dict[str, Tensor],  # of a network
 ) -> dict[str, Tensor]:  # the same names
-    "Other numbers of the same kind: each scaled by 0.5 to 1.5, what may be negative shifted as well."
+    "Other numbers of the same kind: all of a tensor scaled, and each; what may be negative shifted as well."
     g, other = torch.Generator().manual_seed(0), {}
     for name, t in state.items():
+        whole = 0.7 + 0.6 * torch.rand((), generator=g).item()  # otherwise a mean would stay
         scale, shift = (torch.rand(t.shape, generator=g).to(t.device) for _ in range(2))
-        moved = t * (0.5 + scale) + (0 if name.endswith('var') else 0.1 * (shift - 0.5))
+        moved = t * whole * (0.5 + scale) + (0 if name.endswith('var') else 0.1 * (shift - 0.5))
         other[name] = moved.to(t.dtype) if t.is_floating_point() else t.clone()
     return other
 
-
+# %% ../../nbs/models/04_vision.ipynb #5ba3cea5
 @torch.no_grad()
 def difference(
     folded: 'Folded',  # left with other numbers
