@@ -80,7 +80,7 @@ def prepare(
 ) -> tuple[TrainState, list[Planes]]:  # ready to train; the quantised weights at the start
     "Student, rule, teacher and optimiser of one local round."
     entries, round = down[0].entries, work.round
-    replica.load({n: e for n, e in entries.items() if isinstance(e, Tensor) and n in replica.state})
+    replica.load({n: e for n, e in entries.items() if isinstance(e, Tensor)})
     quantised = config.update != 'fp32'
     planes = starting_planes(entries, replica.layout, config, round, work.client) if quantised else []
     rule = _rule_of(replica, config, work, planes) if quantised else None
@@ -105,7 +105,7 @@ def begin(
 ) -> tuple[TrainState, list[Planes], Recorded | None]:  # a recorded step where there can be one
     "Everything that a local round trains with."
     train_state, before = prepare(replica, config, work, down, clock)
-    if not recordable(config, replica.device) or len(work.index) < config.batch_size:
+    if replica.draws or not recordable(config, replica.device) or len(work.index) < config.batch_size:
         return train_state, before, None
     bits = [layer.bits for layer in train_state.rule.layers] if train_state.rule else []
     key = (train_state.alpha, train_state.temperature, *bits)
@@ -211,7 +211,7 @@ def local_round(
     with clock('wire'): received = [decode(d, manifest) for d in down]
     with clock('quantise'):
         train_state, before, recorded = begin(replica, config, task, work, received, clock)
-    train(replica, train_state, task, work, recorded)
+    with replica.layers(work.round, work.client): train(replica, train_state, task, work, recorded)
     with clock('quantise'): after = finished_planes(train_state, work)
     log = training_log(train_state, before, after) | dict(seconds=clock.seconds)
     memory = teacher_state(config, work.round, received, work.memory) if remembers(config) else {}
