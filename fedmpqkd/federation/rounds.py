@@ -135,7 +135,7 @@ def open_run(
     pool, labels = WorkerPool(config, task, device, workers), task.labels.cpu().numpy()
     parts = split(labels[start.private], config.clients, config.partition, config.seed, config.dirichlet)
     parts, validation = hold_out(start.held(parts), config)
-    server = Server(config, pool.replica.layout, start.state or pool.replica.state)
+    server = Server(config, pool.replica.layout, pool.replica.state | start.state)
     run = Run(config, pool, server, parts, Memories(folder), validation, start.cost)
     run.meter.add_manifest(server.manifest.encode())
     return run

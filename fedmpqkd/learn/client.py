@@ -219,8 +219,9 @@ def local_round(
         try:
             entries = uplink_entries(replica, config, after)
             if config.uplink != 'model':
-                compressed, memory = update_entries(replica, config, work, received[0])
+                compressed, residual = update_entries(replica, config, work, received[0])
                 entries |= compressed
+                if config.error_feedback: memory = residual  # a configuration has one or the other
             message = encode(Message(0, work.round, work.client, len(work.index), entries), manifest)
         except WireError as why: return Result(None, log | dict(failed=str(why)), work.memory)
     return Result(message, log, memory)
