@@ -249,6 +249,11 @@ def as_typed(
 def _distillation_rules(c: 'RunConfig') -> Iterator[str]:
     if c.distils and c.update == 'fp32' and c.teacher == 'q8':
         yield "teacher='q8' is for quantised students; a full-precision one has its teacher at no cost"
+    steps_alike = c.optimizer == 'sgd' and not (c.prox or c.weight_decay or c.label_smoothing)
+    lasts = c.teacher == 'ema' or c.teacher_refresh > 1
+    if c.distils and not c.teacher_frozen and c.update == 'fp32' and steps_alike and not lasts:
+        yield ('teacher_frozen=False: a teacher that starts from a full-precision student and takes the same '
+               'steps is that student; it is for quantised ones')
     if c.kd_loss == 'dist' and c.kd_gate in ('agree', 'entropy'):
         yield ("kd_loss='dist' compares whole batches: it has no weights of samples, "
                f'so kd_gate={c.kd_gate!r} is impossible')

@@ -162,7 +162,7 @@ def visit(
 def summary_of(logs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     "One line from the clients' logs."
     line: dict[str, Any] = {}
-    for key in ('loss', 'kd', 'moved', 'lasso_moved'):
+    for key in ('loss', 'kd', 'moved', 'emptied', 'lasso_moved'):
         values = [log[key] for log in logs if np.isfinite(log.get(key, np.nan))]
         if values: line[key] = float(np.mean(values))
     line['skipped'] = sum(log['skipped'] for log in logs)

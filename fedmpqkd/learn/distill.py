@@ -204,7 +204,8 @@ def distill_loss(
     "Any registered distillation loss, by name."
     if loss not in DISTILL_LOSSES:
         raise ValueError(f'distillation loss must be one of {tuple(DISTILL_LOSSES)}, got {loss!r}')
-    return DISTILL_LOSSES[loss](student, teacher, y, temperature, weight)
+    function: DistillLoss = DISTILL_LOSSES[loss]
+    return function(student, teacher, y, temperature, weight)
 
 # %% ../../nbs/learn/07_distill.ipynb #7f4914db
 def register_distill_loss(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RULES', 'to_planes', 'plane_weights', 'group_lasso', 'kappa', 'Layer', 'Rule', 'SignedPlanes', 'msb_hinge',
            'hinge_gradient', 'Latent', 'IntegerSR', 'official_move', 'Official', 'moved_share', 'lasso_moved',
-           'reduce_precision', 'as_fraction', 'bit_statistics', 'prune_grow', 'uniform_bits', 'random_bits']
+           'reduce_precision', 'as_fraction', 'bit_statistics', 'prune_grow', 'emptied_share', 'uniform_bits',
+           'random_bits']
 
 # %% ../../nbs/quant/06_bits.ipynb #2c11383f
 from collections.abc import Sequence
@@ -492,6 +493,18 @@ def prune_grow(
             b[layer] += 1
             total += unit[layer]
     return b
+
+# %% ../../nbs/quant/06_bits.ipynb #e7281f79
+def emptied_share(
+    planes: Sequence[Planes],  # the quantised weights of a model
+    zeros: float = 0.95,  # a layer with a larger share of zeros counts as empty
+) -> float:  # between 0 and 1
+    "Share of the weights that are in layers of which hardly anything is left."
+    def empty(p: Planes) -> bool:
+        return not p.bits or p.levels.numel() - int(p.levels.count_nonzero()) > zeros * p.levels.numel()
+
+    total = sum(p.levels.numel() for p in planes)
+    return sum(p.levels.numel() for p in planes if empty(p)) / max(1, total)
 
 # %% ../../nbs/quant/06_bits.ipynb #ab4f4a28
 def uniform_bits(
