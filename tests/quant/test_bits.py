@@ -713,7 +713,7 @@ def test_stochastic_uplinks_are_right_on_average():
     dict(update='signed-planes', bit_lr='plain', scale_update='sgd')], ids=lambda f: '-'.join(f.values()))
 @pytest.mark.parametrize('shape', [(8, 2, 3, 3), (8, 18), (18,)])
 def test_a_layer_of_zeros_learns(fields, shape):
-    "Against the gradient, in weights of more than rounding noise; its first scale is that of nn.Conv2d or nn.Linear."
+    "Against the gradient, visibly; its first scale is that of a layer that PyTorch initialises."
     g, shown = draw(4, *shape), torch.empty(shape)
     config = RunConfig(lr=0.1, lambda_b=0.01, **fields)
     rule = RULES[config.update](config, [quantize(torch.zeros(shape), 4)], [shown],
@@ -765,10 +765,11 @@ def test_bits_that_the_largest_layer_gave_do_not_come_back():
 
 
 def test_emptied_share_by_hand():
-    def layer(zeros: int, of: int, bits: int = 1) -> Planes: return planes_of([0] * zeros + [1] * (of - zeros), bits)
+    def layer(zeros: int, of: int, bits: int = 1) -> Planes:
+        return planes_of([0] * zeros + [1] * (of - zeros), bits)
 
     assert emptied_share([layer(96, 100), layer(10, 300)]) == 0.25
-    assert emptied_share([layer(95, 100), layer(95, 100, 0)]) == 0.5  # exactly 95 % counts as held; no bits do not
+    assert emptied_share([layer(95, 100), layer(95, 100, 0)]) == 0.5  # 95 % is not over 95 %; no bits are
     assert emptied_share([]) == 0
 
 
