@@ -42,6 +42,7 @@ def one_of(
     more = {} if registry is None else registry
     return Allowed(lambda v: v in choices or v in more, f'allowed are {", ".join(choices)}', choices, more)
 
+# %% ../../nbs/core/01_config.ipynb #f0f7e5dd
 def interval(
     text: str,  # '(0, 1]'; a round bracket leaves the end out
     words: str = '',  # better ones than "in (0, 1]", if there are any
@@ -265,6 +266,7 @@ def _uplink_rules(c: 'RunConfig') -> Iterator[str]:
     if c.error_feedback and c.distils and (c.teacher == 'ema' or c.teacher_refresh > 1):
         yield 'error_feedback and a teacher that lasts both want the one memory of a client'
 
+# %% ../../nbs/core/01_config.ipynb #8286a280
 def _exchange_rules(c: 'RunConfig') -> Iterator[str]:
     "Mean logits are the teacher of clients that exchange them; 'logits-only' leaves the server without a model."
     if c.exchange != 'model' and not c.public_images: yield f'exchange={c.exchange!r} needs public_images'

@@ -10,6 +10,7 @@ from samples import dataset, small
 from fedmpqkd.core.config import RunConfig
 from fedmpqkd.federation.methods import RECIPES, make_config, register_method
 from fedmpqkd.federation.rounds import open_run, run_round
+from fedmpqkd.federation.run import play
 from fedmpqkd.federation.warmstart import starting_point
 from fedmpqkd.learn import client as clients
 from fedmpqkd.learn.distill import DISTILL_LOSSES, register_distill_loss
@@ -223,3 +224,20 @@ def test_names_that_are_not_registered_are_still_refused():
                                ('kd_loss', 'halved', 'forward, reverse, js, dkd, dist, mse')):
         with pytest.raises(ValueError, match=f"{field}='{name}': allowed are {known}$"):
             RunConfig(**{field: name})
+
+
+def test_a_run_whose_largest_layer_is_emptied_says_so_once(capsys):
+    "One bit leaves 1.7 % of a layer of 1,152 weights of 1,624: logged in every round, printed in the first."
+    def heavy(classes):
+        net = small(classes)
+        with torch.no_grad(): net[3].weight.pow_(41)  # uniform before: .5 ** (1 / 41) = .983
+        return net
+
+    register_model('heavy', heavy)
+    config = make_config('fedmpq', model='heavy', clients=2, rounds=3, batch_size=64, lr=1e-6, bits=1.0)
+    run, curve = open_run(config, tiny(), workers=1), []
+    try: play(run, curve)
+    finally: run.pool.close()
+    assert [line['emptied'] for line in curve] == pytest.approx([1152 / 1624] * 3)
+    said = [text for text in capsys.readouterr().out.splitlines() if 'over 95 % are zero' in text]
+    assert len(said) == 1 and said[0].startswith('fedmpq, round 1: 71 % of the weights')
