@@ -132,7 +132,7 @@ _VISITS: tuple[tuple[Any, Any], ...] = (
 
 # %% ../../nbs/core/01d_usercode.ipynb #63db3cc8
 def code_of(
-    thing: Any,  # a function, class or network that somebody has registered
+    thing: Any,  # a function, class or network that was registered
 ) -> str:  # 12 hexadecimal digits; '' for code of installed packages and of this one
     "The fingerprint of the code that will run."
     module = getattr(thing, '__module__', None) or type(thing).__module__

@@ -144,7 +144,7 @@ def open_run(
     pool, labels = WorkerPool(config, task, device, workers), task.labels.cpu().numpy()
     parts = split(labels[start.private], config.clients, config.partition, config.seed, config.dirichlet)
     parts, validation = hold_out(start.held(parts), config)
-    server = Server(config, pool.replica.layout, start.state or pool.replica.state)
+    server = Server(config, pool.replica.layout, pool.replica.state | start.state)
     memories = Memories(folder, run_id(config, task.fingerprint))
     run = Run(config, pool, server, parts, memories, validation, start.cost)
     run.meter.add_manifest(server.manifest.encode())
@@ -172,7 +172,7 @@ def visit(
 def summary_of(logs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     "One line from the clients' logs."
     line: dict[str, Any] = {}
-    for key in ('loss', 'kd', 'moved', 'lasso_moved'):
+    for key in ('loss', 'kd', 'moved', 'emptied', 'lasso_moved'):
         values = [log[key] for log in logs if np.isfinite(log.get(key, np.nan))]
         if values: line[key] = float(np.mean(values))
     line['skipped'] = sum(log['skipped'] for log in logs)

@@ -94,6 +94,17 @@ def test_parts(
     if not 0 < some < len(targets): return full, full
     return full, torch.from_numpy(stratified_indices(targets, some, 0))
 
+# %% ../../nbs/federation/12e_run.ipynb #0bb1d09b
+def _tell_emptied(
+    method: str,  # whose run
+    line: dict[str, Any],  # of this round
+    curve: list[dict[str, Any]],  # of the rounds before
+) -> None:
+    "Say once that clients start from a model of which a third hardly holds anything."
+    if line.get('emptied', 0) <= 1 / 3 or any(past.get('emptied', 0) > 1 / 3 for past in curve): return
+    print(f"{method}, round {line['round']}: {100 * line['emptied']:.0f} % of the weights are in layers of which "
+          'over 95 % are zero: a large layer has too few bits (see the page quant/06_bits)', flush=True)
+
 # %% ../../nbs/federation/12e_run.ipynb #bfb23997
 @one_thread()
 def play(
@@ -116,6 +127,7 @@ def play(
         line |= {f'bytes_{way}': run.meter.total[way] - before[way] for way in ('down', 'up')}
         line |= dict(seconds=time.perf_counter() - start, seconds_training=trained - start)
         line['bits'] = run.server.mean_bits
+        _tell_emptied(c.method, line, curve)
         curve.append(line)
         after(curve)
 

@@ -23,7 +23,7 @@ from .step import TrainState, local_step, make_optimizer
 from .task import Task
 from .teacher import alpha_at, remembers, teacher_state, temperature_at
 from ..models.vision import Layout
-from ..quant.bits import RULES, Rule, lasso_moved, moved_share, reduce_precision
+from ..quant.bits import RULES, Rule, emptied_share, lasso_moved, moved_share, reduce_precision
 from ..quant.quantize import Planes, quantize
 from ..wire.format import Manifest, Message, WireError, decode, encode
 from ..wire.messages import ASSIGNMENT, codebook_names
@@ -190,7 +190,7 @@ def training_log(
     steps = totals['steps']
     mean = {name: float(totals[name]) / max(1, steps) for name in ('loss', 'kd')}
     log: dict[str, Any] = dict(steps=steps, skipped=int(totals['skipped']), **mean)
-    if before: log['moved'] = moved_share(before, after)
+    if before: log |= dict(moved=moved_share(before, after), emptied=emptied_share(before))
     if before and c.update == 'signed-planes' and c.lambda_b:
         total, middle = sum(p.levels.numel() for p in before), before[len(before) // 2]
         weight = c.lambda_b * middle.bits * middle.levels.numel() / total
@@ -219,8 +219,9 @@ def local_round(
         try:
             entries = uplink_entries(replica, config, after)
             if config.uplink != 'model':
-                compressed, memory = update_entries(replica, config, work, received[0])
+                compressed, residual = update_entries(replica, config, work, received[0])
                 entries |= compressed
+                if config.error_feedback: memory = residual  # a configuration has one or the other
             message = encode(Message(0, work.round, work.client, len(work.index), entries), manifest)
         except WireError as why: return Result(None, log | dict(failed=str(why)), work.memory)
     return Result(message, log, memory)
