@@ -42,7 +42,8 @@ def is_users(
 class _Walk:
     "Feeds a hash with everything that decides what some code does."
     def __init__(self) -> None:
-        self.hash, self.seen = hashlib.sha256(), dict[int, Any]()  # kept alive: no id comes twice
+        self.hash = hashlib.sha256()
+        self.seen: dict[int, Any] = {}  # kept alive, so that no id comes twice
 
     def say(self, *words: Any) -> None:
         "A few words, told apart."
