@@ -23,7 +23,7 @@ def options() -> dict[str, str]:
     "Every option, with its default or its meaning."
     parameters = inspect.signature(run_experiment).parameters.values()
     own = {p.name: str(p.default) for p in parameters
-           if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in ('name', 'executor')}
+           if p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in ('name', 'executor', 'point')}
     own |= dict(axis='of exp3: ' + ', '.join(axes.AXES), points='of the axis; all')
     taken = ('seed', 'method', 'extension', *own)
     fields = {f.name: f.metadata['help'] for f in dataclasses.fields(RunConfig) if f.name not in taken}

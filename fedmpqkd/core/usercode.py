@@ -42,7 +42,8 @@ def is_users(
 class _Walk:
     "Feeds a hash with everything that decides what some code does."
     def __init__(self) -> None:
-        self.hash, self.seen = hashlib.sha256(), set[int]()
+        self.hash = hashlib.sha256()
+        self.seen: dict[int, Any] = {}  # kept alive, so that no id comes twice
 
     def say(self, *words: Any) -> None:
         "A few words, told apart."
@@ -60,7 +61,7 @@ class _Walk:
         if id(thing) in self.seen:
             self.say('again')
             return
-        self.seen.add(id(thing))
+        self.seen[id(thing)] = thing
         for kind, visit in _VISITS:
             if isinstance(thing, kind):
                 visit(self, thing)
@@ -75,20 +76,26 @@ def _code(walk: _Walk, code: CodeType) -> None:
     walk.say('code', code.co_code, code.co_names, code.co_varnames, code.co_flags)
     walk.each(code.co_consts)
 
+def _names(code: CodeType) -> list[str]:
+    "Names that the code looks up, and the functions and classes within it."
+    within = [c for c in code.co_consts if isinstance(c, CodeType)]
+    return [*code.co_names, *(name for c in within for name in _names(c))]
+
 def _function(walk: _Walk, f: FunctionType) -> None:
     if not is_users(f.__module__):
         walk.say('library', f.__module__, f.__qualname__)
         return
     walk.go(f.__code__)
     walk.each([f.__defaults__, f.__kwdefaults__, *(cell.cell_contents for cell in f.__closure__ or ())])
-    for name in f.__code__.co_names:
+    for name in _names(f.__code__):
         if name in f.__globals__:
             walk.say(name)
             walk.go(f.__globals__[name])
 
 def _class(walk: _Walk, kind: type) -> None:
-    walk.say('class', kind.__module__, kind.__qualname__)
-    if not is_users(kind.__module__): return
+    own = is_users(kind.__module__)  # under another module's name it is the same class: '__mp_main__'
+    walk.say('class', '' if own else kind.__module__, kind.__qualname__)
+    if not own: return
     walk.each(kind.__bases__)
     skipped = ('__doc__', '__dict__', '__weakref__', '__module__', '__firstlineno__', '__static_attributes__')
     for name in sorted(set(vars(kind)) - set(skipped)):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.config import DISTILL_LOSSES
+from ..core.usercode import code_of
 
 # %% ../../nbs/learn/07_distill.ipynb #4e612ee1
 def soften(
@@ -211,10 +212,11 @@ def distill_loss(
 def register_distill_loss(
     name: str,  # how configurations will call it
     function: DistillLoss,  # (student, teacher, y, temperature, weight) -> 0-dim tensor
-    replace: bool = False,  # allow a name that is taken
+    replace: bool = False,  # allow a name of the project's
 ) -> None:
     "Add a named loss to `distill_loss`."
-    if name in DISTILL_LOSSES and not replace:
+    own = name in DISTILL_LOSSES and not code_of(DISTILL_LOSSES[name])  # users replace theirs freely
+    if own and not replace:
         raise ValueError(f'distillation loss {name!r} exists already; pass replace=True to redefine it')
     DISTILL_LOSSES[name] = function
 
