@@ -24,8 +24,8 @@ class Tape(Meter):
 
 def timeless(curve: list[dict]) -> list[dict]:
     "A curve without what the clock says."
-    times = ('phases', 'seconds', 'seconds_training')
-    return [{k: v for k, v in line.items() if k not in times} for line in curve]
+    clock = ('phases', 'seconds', 'seconds_training')
+    return [{k: v for k, v in line.items() if k not in clock} for line in curve]
 
 
 @dataclasses.dataclass

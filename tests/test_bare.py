@@ -1,4 +1,4 @@
-"The exported package on a bare training machine: nothing of a notebook's world is there, and a round runs."
+"The exported package on a bare training machine: without any notebook package a round still runs."
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / 'fedmpqkd'
 MODULES = ('core.config', 'core.journal', 'data.images', 'data.partition', 'models.vision', 'quant.quantize',
-           'quant.bits', 'learn.distill', 'learn.client', 'wire.format', 'wire.messages', 'federation.server',
-           'federation.methods', 'federation.run', 'evaluate.metrics')
+           'quant.bits', 'learn.distill', 'learn.client', 'wire.format', 'wire.messages',
+           'federation.server', 'federation.methods',
+           'federation.run', 'evaluate.metrics')
 FORBIDDEN = ('fastcore', 'papermill', 'IPython', 'matplotlib', 'sklearn', 'nbdev', 'ipywidgets', 'ipykernel')
 PROGRAM = f'''
 import sys
@@ -17,8 +18,7 @@ class Without:
     "A finder that does not find some packages."
     def __init__(self, finder): self.finder = finder
     def find_spec(self, name, *rest):
-        if name.split('.')[0] in {FORBIDDEN!r}: return None
-        return self.finder.find_spec(name, *rest)
+        return None if name.split('.')[0] in {FORBIDDEN!r} else self.finder.find_spec(name, *rest)
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 try:
@@ -44,7 +44,8 @@ config = make_config('fedmpq-kd', model='resnet8', clients=2, rounds=1, partitio
 record = run(config, data, workers=1, progress=Progress('bare', 1))
 line = record['curve'][0]
 print(json.dumps([line['arrived'], line['bytes_down'] > line['bytes_up'] > 0, line['kd'] > 0,
-                  record['data']['name'], [m for m in {FORBIDDEN!r} if m in sys.modules]]))
+                  record['data']['name'],
+                  [m for m in {FORBIDDEN!r} if m in sys.modules]]))
 '''
 
 
@@ -54,8 +55,8 @@ def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp('bare')
     (folder / 'fedmpqkd').symlink_to(PACKAGE)
     env = dict(PATH='/usr/bin:/bin', PYTHONPATH=str(folder), OMP_NUM_THREADS='1', HOME=str(folder))
-    return subprocess.run([sys.executable, '-c', PROGRAM], cwd=folder, capture_output=True, text=True,
-                          timeout=600, env=env)
+    program = [sys.executable, '-c', PROGRAM]
+    return subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=600, env=env)
 
 
 def test_a_round_without_notebook_tools(outcome):

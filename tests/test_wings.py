@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-WINGS = ("core", "quant", "data", "models", "wire", "evaluate", "learn", "federation", "study", "report",
-         "bench", "tools")
+WINGS = ("core", "quant", "data", "models", "wire", "evaluate", "learn", "federation", "study",
+         "report", "bench", "tools")
 PACKAGE = ROOT / "fedmpqkd"
 
 
@@ -22,7 +22,8 @@ def wing(module: str) -> str:
 def imported(path: Path, package: Path) -> set[str]:
     "The modules of a package that a file imports, at its top or within a function."
     here = path.relative_to(package.parent).with_suffix("").parts
-    known = {".".join(p.relative_to(package.parent).with_suffix("").parts) for p in package.rglob("*.py")}
+    files = package.rglob("*.py")
+    known = {".".join(p.relative_to(package.parent).with_suffix("").parts) for p in files}
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import): found |= {a.name for a in node.names}
@@ -62,9 +63,9 @@ def test_no_circles():
     except CycleError as circle: pytest.fail(" -> ".join(circle.args[1]))
 
 
-@pytest.mark.parametrize("text", [
-    "from ..study.records import load", "def f():\n    from fedmpqkd.study import records",
-    "import fedmpqkd.study.records"])
+@pytest.mark.parametrize("text", ["from ..study.records import load",
+                                  "def f():\n    from fedmpqkd.study import records",
+                                  "import fedmpqkd.study.records"])
 def test_an_upward_import_is_found(tmp_path: Path, text: str):
     "Also one that hides in a function."
     for name, source in {"core/config": text, "study/records": ""}.items():
@@ -78,6 +79,6 @@ def test_an_upward_import_is_found(tmp_path: Path, text: str):
 def test_pages_and_tests_mirror_the_wings():
     for page in (ROOT / "nbs").rglob("[!_.]*.ipynb"):
         target = re.search(r"default_exp ([\w.]+)", page.read_text(encoding="utf-8"))
-        if target and "." in target[1]: assert target[1].split(".")[0] == page.parent.name, page.name
+        if target and "." in target[1]: assert target[1].split(".")[0] == page.parent.name
     folders = {p.parent.name for p in (ROOT / "tests").rglob("test_*.py")} - {"tests"}
     assert folders <= set(WINGS)

@@ -165,7 +165,7 @@ _VISITS: tuple[tuple[Any, Any], ...] = (
 
 # %% ../../nbs/core/01d_usercode.ipynb #63db3cc8
 def code_of(
-    thing: Any,  # a function, class, network or other object that somebody has registered
+    thing: Any,  # a function, class, network or other object that was registered
 ) -> str:  # 12 hexadecimal digits; '' for functions and classes of installed packages and of this one
     "The fingerprint of the code that will run."
     if isinstance(thing, FunctionType | BuiltinFunctionType | type) and not _written_by_user(thing): return ''

@@ -205,7 +205,7 @@ def teacher_lag(
     batch: int = 64,  # of the student, whose statistics are those of the batch
 ) -> dict[str, float]:  # accuracy %, kl in nats, agreement 0..1; with '_fresh' after re-estimation
     "What stale normalisation statistics do to a teacher."
-    replica, everything = pool.replica, torch.arange(len(pool.task.data.test_y))
+    replica, everything = pool.replica, torch.arange(len(pool.task.test_targets))
     views = [x for x, _ in plain_batches(pool.task, images, batch)]
     teachers = {'': state, '_fresh': fresh_statistics(replica, state, pool.task, images)}
     replica.load(student)
