@@ -76,8 +76,10 @@ def sweep(
     older: float = 3600.0,  # seconds; a file of a process that lives is younger
 ) -> list[str]:  # names of what was removed
     "Remove what killed processes have left half-written."
-    removed = []
-    for path in sorted(folder.glob('.*.tmp')):
+    removed: list[str] = []
+    try: found = sorted(folder.glob('.*.tmp'))
+    except OSError: return removed  # another process has removed the folder
+    for path in found:
         with suppress(OSError):  # another process may sweep, too
             if time.time() - path.stat().st_mtime <= older: continue
             path.unlink()
@@ -112,7 +114,7 @@ def quarantine(
 ) -> Path:  # its new name
     "Put aside what must not be read again."
     aside = path.with_name(f'{path.name}.damaged-{time.time_ns()}')
-    os.replace(path, aside)
+    with suppress(FileNotFoundError): os.replace(path, aside)  # another process may have been faster
     return aside
 
 def _broken_seal(data: bytes, owner: str) -> str:
@@ -128,7 +130,8 @@ def unseal(
     owner: str,  # who must have written it
 ) -> Any:
     "The content of a sealed file; raises `Damaged` and puts the file aside if it does not fit."
-    data = path.read_bytes()
+    try: data = path.read_bytes()
+    except FileNotFoundError: raise Damaged(f'{path}: it has vanished') from None
     if why := _broken_seal(data, owner): raise Damaged(f'{path}: {why}; put aside as {quarantine(path).name}')
     body = data[len(SEAL) + 32:].split(b'\n', 1)[1]
     return torch.load(io.BytesIO(body), weights_only=True)
@@ -175,7 +178,8 @@ class WorkingFolder:
             except BlockingIOError:
                 f.seek(0)
                 owner = f.read().strip() or 'another process'
-                raise Claimed(f'{self.folder.name} is being computed by {owner}') from None
+                raise Claimed(f'{self.folder.name} is being computed by {owner}; if that one hangs, '
+                              'end it: whoever starts the run next goes on from its checkpoint') from None
             f.truncate(0)
             f.write(_owner())
             f.flush()
@@ -232,7 +236,9 @@ class Journal(WorkingFolder):
     def load(self) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
         "The checkpoint of a run that was stopped, if there is one; raises `Damaged` if it is no good."
         path = self.folder / 'checkpoint.pt'
-        if not path.exists(): return None
+        if not path.exists():  # memories without one are those of rounds that will be played again
+            shutil.rmtree(self.folder / 'clients', ignore_errors=True)
+            return None
         saved = unseal(path, self.id)
         return saved['state'], saved['curve']
 
@@ -245,7 +251,8 @@ class Journal(WorkingFolder):
 
     def tidy(self) -> None:
         "Remove what killed processes have left: half-written files, the working folder of a finished run."
-        for folder in (self.record_path.parent, self.model_path.parent, self.folder): sweep(folder)
+        for folder in (self.record_path.parent, self.model_path.parent, self.folder, self.folder / 'clients'):
+            sweep(folder)
         if not (self.record_path.exists() and self.folder.exists()): return
         with suppress(Claimed), self.claim(): self.discard()
 

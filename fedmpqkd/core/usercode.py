@@ -6,21 +6,26 @@
 __all__ = ['is_users', 'code_of', 'import_file']
 
 # %% ../../nbs/core/01d_usercode.ipynb #8aec9f5a
+import dis
 import functools
 import hashlib
 import importlib.util
+import re
 import site
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.machinery import SOURCE_SUFFIXES, FileFinder, ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
 # %% ../../nbs/core/01d_usercode.ipynb #862c7426
+@functools.cache
 def _library_folders() -> tuple[Path, ...]:
     "Where installed packages, the standard library and this package are."
     found = [sysconfig.get_path('stdlib'), sysconfig.get_path('purelib'), sysconfig.get_path('platlib')]
@@ -29,21 +34,26 @@ def _library_folders() -> tuple[Path, ...]:
     if spec and spec.origin: found.append(str(Path(spec.origin).parent))
     return tuple(Path(f).resolve() for f in found if f)
 
+@functools.cache
+def _in_library(file: str) -> bool:
+    return any(Path(file).resolve().is_relative_to(folder) for folder in _library_folders())
+
 def is_users(
     module: str | None,  # a module's name
 ) -> bool:  # False for code of installed packages and of this one
     "Did the user write this module?"
     if module is None or module in sys.builtin_module_names: return False
-    file = getattr(sys.modules.get(module), '__file__', None)
-    if module == '__main__' or file is None: return module not in sys.stdlib_module_names
-    return not any(Path(file).resolve().is_relative_to(folder) for folder in _library_folders())
+    top = module.split('.')[0]
+    file = getattr(sys.modules.get(module) or sys.modules.get(top), '__file__', None)
+    if module == '__main__' or file is None: return top not in sys.stdlib_module_names
+    return not _in_library(file)
 
 # %% ../../nbs/core/01d_usercode.ipynb #0efa8532
 class _Walk:
     "Feeds a hash with everything that decides what some code does."
     def __init__(self) -> None:
         self.hash = hashlib.sha256()
-        self.seen: dict[int, Any] = {}  # kept alive, so that no id comes twice
+        self.seen: dict[int, tuple[int, Any]] = {}  # what was met, and when; kept, so that ids stay unique
 
     def say(self, *words: Any) -> None:
         "A few words, told apart."
@@ -57,119 +67,170 @@ class _Walk:
         "One thing, by its kind."
         if isinstance(thing, str | bytes | int | float | complex | bool | None):
             self.say(thing)
-            return
-        if id(thing) in self.seen:
-            self.say('again')
-            return
-        self.seen[id(thing)] = thing
-        for kind, visit in _VISITS:
-            if isinstance(thing, kind):
-                visit(self, thing)
-                return
-        self.say(type(thing).__module__, type(thing).__qualname__)
-        if is_users(type(thing).__module__):
-            self.go(type(thing))
-            self.go(getattr(thing, '__dict__', {}))
+        elif id(thing) in self.seen:
+            self.say('again', self.seen[id(thing)][0])
+        else:
+            self.seen[id(thing)] = len(self.seen), thing
+            next((visit for kind, visit in _VISITS if isinstance(thing, kind)), _other)(self, thing)
 
 # %% ../../nbs/core/01d_usercode.ipynb #5e6fc7e1
 def _code(walk: _Walk, code: CodeType) -> None:
-    walk.say('code', code.co_code, code.co_names, code.co_varnames, code.co_flags)
+    walk.say('code', code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_flags)
     walk.each(code.co_consts)
 
-def _names(code: CodeType) -> list[str]:
-    "Names that the code looks up, and the functions and classes within it."
-    within = [c for c in code.co_consts if isinstance(c, CodeType)]
-    return [*code.co_names, *(name for c in within for name in _names(c))]
+def _globals_of(code: CodeType) -> set[str]:
+    "Names of global variables that a function reads, those of the functions and classes within it included."
+    found = {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_GLOBAL', 'LOAD_NAME')}
+    return found.union(*(_globals_of(c) for c in code.co_consts if isinstance(c, CodeType)))
 
+def _written_by_user(thing: Any) -> bool:
+    "A function or class; a function without a module comes from `exec`."
+    module = getattr(thing, '__module__', None)
+    return is_users(module) or isinstance(thing, FunctionType) and module in (None, 'builtins')
+
+# %% ../../nbs/core/01d_usercode.ipynb #dc642e44
 def _function(walk: _Walk, f: FunctionType) -> None:
-    if not is_users(f.__module__):
+    if not _written_by_user(f):
         walk.say('library', f.__module__, f.__qualname__)
         return
-    walk.go(f.__code__)
-    walk.each([f.__defaults__, f.__kwdefaults__, *(cell.cell_contents for cell in f.__closure__ or ())])
-    for name in _names(f.__code__):
-        if name in f.__globals__:
-            walk.say(name)
-            walk.go(f.__globals__[name])
+    walk.each([f.__code__, f.__defaults__, f.__kwdefaults__])
+    for cell in f.__closure__ or ():
+        try: walk.go(cell.cell_contents)
+        except ValueError: walk.say('empty')  # assigned later
+    for name in sorted(_globals_of(f.__code__) & f.__globals__.keys()):
+        walk.say(name)
+        walk.go(f.__globals__[name])
 
 def _class(walk: _Walk, kind: type) -> None:
     own = is_users(kind.__module__)  # under another module's name it is the same class: '__mp_main__'
     walk.say('class', '' if own else kind.__module__, kind.__qualname__)
     if not own: return
     walk.each(kind.__bases__)
-    skipped = ('__doc__', '__dict__', '__weakref__', '__module__', '__firstlineno__', '__static_attributes__')
-    for name in sorted(set(vars(kind)) - set(skipped)):
-        walk.say(name)
-        walk.go(vars(kind)[name])
+    skipped = {'__doc__', '__dict__', '__weakref__', '__module__', '__firstlineno__', '__static_attributes__'}
+    walk.each((name, vars(kind)[name]) for name in sorted(vars(kind).keys() - skipped))
 
 def _module(walk: _Walk, module: ModuleType) -> None:
-    file = getattr(module, '__file__', None)
     walk.say('module', module.__name__)
-    if file and is_users(module.__name__): walk.say(Path(file).read_bytes())
+    if module.__name__ == '__main__' or not is_users(module.__name__): return
+    walk.each((name, vars(module)[name]) for name in sorted(vars(module)) if not name.startswith('__'))
 
 # %% ../../nbs/core/01d_usercode.ipynb #8c222c5c
 def _network(walk: _Walk, network: torch.nn.Module) -> None:
-    walk.go(type(network))
-    walk.say(repr(network))
-    walk.go(network.state_dict())
-
-def _wrapped(walk: _Walk, thing: Any) -> None:
-    parts = ('__func__', 'fget', 'fset', 'func', 'args', 'keywords')
-    walk.each([type(thing).__name__, *(getattr(thing, part, None) for part in parts)])
+    usual = vars(torch.nn.Module())
+    for name, part in network.named_modules():
+        walk.say(name, part.training)
+        walk.each([type(part), {k: v for k, v in vars(part).items() if k not in usual}])
+        walk.each([*part._forward_pre_hooks.values(), *part._forward_hooks.values()])
+    walk.each([dict(network.named_parameters()), dict(network.named_buffers())])
 
 def _tensor(walk: _Walk, x: Any) -> None:
-    values = x.detach().cpu().contiguous() if isinstance(x, torch.Tensor) else np.ascontiguousarray(x)
-    walk.say('tensor', tuple(values.shape), str(values.dtype))
-    data = values.view(torch.uint8).numpy() if isinstance(values, torch.Tensor) and values.dim() else values
-    walk.hash.update(np.asarray(data).tobytes())
+    if torch.nn.parameter.is_lazy(x):
+        walk.say('lazy', str(x.dtype))
+        return
+    values = x.detach().cpu() if isinstance(x, torch.Tensor) else x
+    walk.say('tensor', tuple(values.shape), str(values.dtype), getattr(x, 'requires_grad', None))
+    if isinstance(values, torch.Tensor): values = values.reshape(-1).contiguous().view(torch.uint8).numpy()
+    if values.dtype == object: walk.each(values.reshape(-1).tolist())
+    else: walk.hash.update(np.ascontiguousarray(values).tobytes())
 
 def _pairs(walk: _Walk, d: dict[Any, Any]) -> None:
     walk.say('dict', len(d))
     for key, value in d.items(): walk.each([key, value])
 
+# %% ../../nbs/core/01d_usercode.ipynb #6fd4ed68
 def _items(walk: _Walk, things: Any) -> None:
     walk.say(type(things).__name__, len(things))
     walk.each(sorted(things, key=repr) if isinstance(things, set | frozenset) else things)
 
+_PARTS = ('__func__', '__self__', '__wrapped__', 'fget', 'fset', 'func', 'args', 'keywords')
+
+def _wrapped(walk: _Walk, thing: Any) -> None:
+    walk.say(type(thing).__name__)
+    walk.each(getattr(thing, part, None) for part in _PARTS)
+
+def _other(walk: _Walk, thing: Any) -> None:
+    "A library's object is what it shows and what it wraps; a user's, its class and its attributes."
+    walk.say(type(thing).__module__, type(thing).__qualname__)
+    if is_users(type(thing).__module__):
+        slots = [s for kind in type(thing).__mro__ for s in getattr(kind, '__slots__', ())]
+        walk.each([type(thing), getattr(thing, '__dict__', {}), [getattr(thing, s, None) for s in slots]])
+        return
+    walk.say(re.sub(r' at 0x[0-9a-f]+', '', repr(thing)))
+    walk.go(getattr(thing, '__wrapped__', getattr(thing, 'func', None)))
+
 _VISITS: tuple[tuple[Any, Any], ...] = (
-    (CodeType, _code), (FunctionType, _function), (type, _class), (ModuleType, _module),
-    (torch.nn.Module, _network),
-    ((MethodType, staticmethod, classmethod, property, functools.partial), _wrapped),
-    ((torch.Tensor, np.ndarray), _tensor), (dict, _pairs), ((list, tuple, set, frozenset), _items))
+    (CodeType, _code), (FunctionType, _function), (type, _class), (ModuleType, _module), (dict, _pairs),
+    (torch.nn.Module, _network), ((torch.Tensor, np.ndarray), _tensor),
+    ((list, tuple, set, frozenset), _items),
+    ((MethodType, staticmethod, classmethod, property, functools.partial), _wrapped))
 
 # %% ../../nbs/core/01d_usercode.ipynb #63db3cc8
 def code_of(
-    thing: Any,  # a function, class or network that was registered
-) -> str:  # 12 hexadecimal digits; '' for code of installed packages and of this one
+    thing: Any,  # a function, class, network or other object that was registered
+) -> str:  # 12 hexadecimal digits; '' for functions and classes of installed packages and of this one
     "The fingerprint of the code that will run."
-    module = getattr(thing, '__module__', None) or type(thing).__module__
-    if not is_users(module) and not isinstance(thing, functools.partial): return ''
+    if isinstance(thing, FunctionType | BuiltinFunctionType | type) and not _written_by_user(thing): return ''
     walk = _Walk()
     walk.go(thing)
     return walk.hash.hexdigest()[:12]
 
 # %% ../../nbs/core/01d_usercode.ipynb #c5bb087f
+class _Source(SourceFileLoader):
+    "Compiles the source at every import."
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = compile(self.get_data(self.path), self.path, 'exec', dont_inherit=True)
+        return code
+
+class _Beside:
+    "Finds the source files of a folder."
+    def __init__(self, folder: Path): self.folder = folder
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        "For Python: where a module is, if it lies in the folder."
+        for place in path or [str(self.folder)]:
+            if not Path(place).resolve().is_relative_to(self.folder): continue
+            spec = FileFinder(place, (_Source, SOURCE_SUFFIXES)).find_spec(name)
+            if spec and spec.loader: return spec
+        return None
+
+# %% ../../nbs/core/01d_usercode.ipynb #8cebc46e
 def _modules_in(folder: Path) -> dict[str, Path]:
     "Loaded modules whose file lies in a folder or below."
-    files = {name: getattr(m, '__file__', None) for name, m in list(sys.modules.items()) if name != '__main__'}
-    paths = {name: Path(file).resolve() for name, file in files.items() if file}
+    files = {name: getattr(m, '__file__', None) for name, m in list(sys.modules.items())}
+    paths = {name: Path(f).resolve() for name, f in files.items() if f and name != '__main__'}
     return {name: path for name, path in paths.items() if path.is_relative_to(folder) and is_users(name)}
 
+def _forgotten(folder: Path) -> list[str]:
+    "Loaded modules that an import from a folder must not find: its own and their namesakes."
+    names = {p.stem for p in folder.iterdir() if p.suffix == '.py' or (p / '__init__.py').exists()}
+    namesakes = [n for n in list(sys.modules) if n.split('.')[0] in names and n != '__main__' and is_users(n)]
+    return sorted({*_modules_in(folder), *namesakes})
+
+@contextmanager
+def _looking_beside(folder: Path) -> Iterator[None]:
+    "Within, a folder's modules are found, and read from their source."
+    finder, where = _Beside(folder), sys.meta_path.index(PathFinder) if PathFinder in sys.meta_path else 0
+    sys.meta_path.insert(where, finder)
+    sys.path.insert(0, str(folder))
+    try: yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.meta_path.remove(finder)
+
+# %% ../../nbs/core/01d_usercode.ipynb #4e4067d1
 def import_file(
     path: Path,  # a Python file
 ) -> str:  # fingerprint of the file and of what it imports from its own folder
     "Execute a plug-in."
     path = path.expanduser().resolve()
     if not path.is_file(): raise FileNotFoundError(f'plugins: there is no file {path}')
-    for name in _modules_in(path.parent): del sys.modules[name]
-    importlib.invalidate_caches()
+    for name in _forgotten(path.parent): del sys.modules[name]
     name = f'fedmpqkd_plugin_{path.stem}'
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec and spec.loader
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
-    try: exec(compile(path.read_bytes(), str(path), 'exec'), vars(module))
-    finally: sys.path.remove(str(path.parent))
-    digest = hashlib.sha256(path.read_bytes())
+    module, text = importlib.util.module_from_spec(spec), path.read_bytes()
+    sys.modules[name] = module
+    with _looking_beside(path.parent): exec(compile(text, str(path), 'exec'), vars(module))
+    digest = hashlib.sha256(text)
     for _, file in sorted(_modules_in(path.parent).items()): digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
