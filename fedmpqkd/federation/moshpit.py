@@ -222,7 +222,8 @@ def understood(
     statistics = (WEIGHT, BIT_WEIGHT, MEAN_BITS, MEAN_LOSS) if c.update != 'fp32' else (WEIGHT,)
     due = {n: form_of(t) for n, t in run.server.state.items()} | dict.fromkeys(statistics, 'float32')
     coded = [n for n in shape.quantized if isinstance(message.entries.get(n), Planes)]
-    if c.hop != 'fp32' and len(coded) < len(shape.quantized): raise WireError(f'fewer planes than {c.hop} has')
+    if c.hop != 'fp32' and len(coded) < len(shape.quantized):
+        raise WireError(f'fp32 where planes are due (hop={c.hop!r})')
     if c.update != 'fp32' or c.hop != 'fp32': due |= {n: form_of(message.entries[n]) for n in coded}
     check_forms(message.entries, due)
 

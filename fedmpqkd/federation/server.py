@@ -216,7 +216,8 @@ def opened(
     if sender in server.heard:
         raise WireError(f'a second message of client {sender} in round {round}')
     for what, (claimed, known) in claims.items():
-        if claimed != known: raise WireError(f'client {sender} claims {what} {claimed}, registered is {known}')
+        if claimed != known:
+            raise WireError(f'client {sender} claims {what} {claimed}, registered is {known}')
     return message
 
 # %% ../../nbs/federation/10_server.ipynb #8c03b33e

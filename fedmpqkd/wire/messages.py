@@ -122,4 +122,5 @@ def check_forms(
         if name not in entries: raise WireError(f'no {name}')
     for name, entry in entries.items():
         if name not in due: raise WireError(f'{name} is not part of a reply')
-        if (found := form_of(entry)) != due[name]: raise WireError(f'{name}: {found} where {due[name]} is due')
+        if (found := form_of(entry)) != due[name]:
+            raise WireError(f'{name}: {found} where {due[name]} is due')
