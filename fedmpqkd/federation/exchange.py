@@ -6,8 +6,8 @@
 __all__ = ['LOGITS', 'SERVER', 'OWN', 'ADAM', 'LOGITS_ONLY', 'LOGITS_AND_MODEL', 'SERVER_DISTILL', 'public_indices',
            'remove_public', 'Public', 'public_and_private', 'TopK', 'top_k', 'index_type', 'ascending', 'TopKCodec',
            'logits_entry', 'forecast_logits', 'answers', 'public_batches', 'digest_step', 'own_model', 'study',
-           'letters', 'replies', 'Answer', 'visit', 'take', 'collect', 'exchange_round', 'distil', 'Ensemble',
-           'mean_answer', 'distil_round', 'at_bits', 'average_of', 'client_scores', 'evaluate_clients']
+           'letters', 'replies', 'Answer', 'visit', 'check_logits', 'take', 'collect', 'exchange_round', 'distil',
+           'Ensemble', 'mean_answer', 'distil_round', 'at_bits', 'average_of', 'client_scores', 'evaluate_clients']
 
 # %% ../../nbs/federation/12d_exchange.ipynb #f20e353e
 import dataclasses
@@ -29,7 +29,7 @@ from ..data.partition import Partition
 from .evaluation import Protocol, evaluate_round
 from .pool import evaluate
 from .rounds import Run, longest_first, participants, run_round, summary_of
-from .server import Average, aggregate, downlink, receive
+from .server import Average, accept, aggregate, checked, downlink, opened
 from fedmpqkd.learn.client import (
     ClientRound,
     finished_planes,
@@ -376,36 +376,53 @@ def visit(
     return Answer(down, (sent, up) if model else (up,), log)
 
 # %% ../../nbs/federation/12d_exchange.ipynb #4f5cc143
+def check_logits(
+    message: Message,  # decoded
+    config: RunConfig,  # how logits are sent
+) -> dict[str, Tensor]:  # dense, by name
+    "Refuse a message without logits, or with logits of another kind."
+    entry, kind = message.entries.get(LOGITS), config.logits
+    if entry is None: raise WireError('no logits')
+    plain = dict(fp32=torch.float32, fp16=torch.float16)
+    if kind in plain and not (isinstance(entry, Tensor) and entry.dtype == plain[kind]):
+        raise WireError(f'logits of {getattr(entry, "dtype", type(entry).__name__)} where {kind} is due')
+    if kind == 'topk' and not (isinstance(entry, TopK) and entry.values.shape[-1] == config.logits_topk):
+        raise WireError(f'logits of another kind than the {config.logits_topk} largest')
+    logits = message.dense()
+    if not torch.isfinite(logits[LOGITS].float()).all(): raise WireError('logits: NaN or infinity')
+    return logits
+
+# %% ../../nbs/federation/12d_exchange.ipynb #7346146c
 def take(
     run: Run,  # its server averages models
-    client: int,  # who sends
+    client: int,  # whose connection the messages came from
     answer: Answer,  # what it sends
     public: Public,  # the manifest of logits
     average: Average,  # takes the logits
-    round: int,  # that the messages must belong to
 ) -> None:
     "One client's messages into the averages; refuses all of them or none."
-    *model, logits = answer.up
-    message = decode(logits, public.manifest)
-    if message.round != round: raise WireError(f'logits of round {message.round} in round {round}')
-    if message.client != client: raise WireError(f'logits of client {message.client} from client {client}')
-    for data in model: receive(run.server, data, round)
-    average.add(message.dense(), message.samples if run.config.aggregate == 'samples' else 1)
+    c, server, count = run.config, run.server, 2 if run.config.exchange == 'logits+model' else 1
+    if len(answer.up) != count: raise WireError(f'{len(answer.up)} messages where {count} are due')
+    *model, data = answer.up
+    message = opened(server, data, client, public.manifest)
+    logits = check_logits(message, c)
+    for reply in [checked(server, m, client) for m in model]: accept(server, reply)
+    server.heard.add(client)
+    average.add(logits, server.aggregation.weight(message.samples))
 
 # %% ../../nbs/federation/12d_exchange.ipynb #e5900879
 def collect(
     run: Run,  # its meter counts
-    client: int,  # who sends
+    client: int,  # whose connection the messages came from
     answer: Answer,  # of a client that trained
     public: Public,  # the manifest of logits
     average: Average,  # takes the logits
-    round: int,  # that the messages must belong to
 ) -> str:  # why nothing was taken; empty if all is well
-    "Count one client's messages and take them."
+    "Take one client's messages and count them."
     if not answer.up: return str(answer.log['failed'])
-    for data in answer.up: run.meter.add('up', data, client)
-    try: take(run, client, answer, public, average, round)
+    try: take(run, client, answer, public, average)
     except WireError as why: return str(why)
+    for data in answer.up: run.meter.add('up', data, client)
     return ''
 
 # %% ../../nbs/federation/12d_exchange.ipynb #bdd4d9e6
@@ -420,6 +437,7 @@ def exchange_round(
     parts = [torch.from_numpy(p) for p in private.parts]
     chosen, failing = participants(run.config, [len(p) for p in parts], round)
     order = longest_first(chosen, [len(p) for p in parts])
+    run.server.expect(round, {k: len(parts[k]) for k in chosen})
     visits = run.pool.map(lambda k: visit(run, public, parts[k], mean, k, round, k in failing), order)
 
     logs, problems = [], {}
@@ -427,7 +445,7 @@ def exchange_round(
         for data in answer.down: run.meter.add('down', data, k)
         if not answer.log or k in failing: continue
         logs.append(answer.log)
-        if why := collect(run, k, answer, public, average, round): problems[str(k)] = why
+        if why := collect(run, k, answer, public, average): problems[str(k)] = why
     if average.clients: run.memories.save(SERVER, round, average.mean())
     aggregate(run.server)
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHT', 'BIT_WEIGHT', 'MEAN_BITS', 'MEAN_LOSS', 'MOSHPIT', 'grid', 'side_of', 'groups_of', 'moshpit_step',
            'variance_path', 'iterations_to', 'butterfly_bytes', 'peer_manifest', 'Peer', 'peer_of', 'hop_entries',
-           'group_mean', 'meet', 'exchange', 'own_models', 'recall', 'begin', 'local_visit', 'settle', 'observe',
-           'Trained', 'train_peers', 'moshpit_round', 'distance', 'evaluate_peers']
+           'group_mean', 'ranges', 'understood', 'hop_message', 'meet', 'exchange', 'own_models', 'recall', 'begin',
+           'local_visit', 'settle', 'observe', 'Trained', 'train_peers', 'moshpit_round', 'distance', 'evaluate_peers']
 
 # %% ../../nbs/federation/12c_moshpit.ipynb #cacbd03f
 import dataclasses
@@ -23,14 +23,14 @@ from ..core.streams import rng, torch_rng
 from .evaluation import Protocol, evaluate_round
 from .pool import evaluate
 from .rounds import Memories, Run, longest_first, participants, summary_of, visit
-from .server import Average, Server, deployed
+from .server import Average, Server, check_numbers, checked, deployed
 from ..learn.client import Result
 from ..learn.replica import Clock
 from ..models.vision import Layout
 from ..quant.bits import bit_statistics
 from ..quant.quantize import Planes, quantize
-from ..wire.format import Manifest, Message, decode, encode
-from ..wire.messages import manifest_of
+from ..wire.format import Manifest, Message, WireError, decode, encode
+from ..wire.messages import check_forms, form_of, manifest_of
 
 # %% ../../nbs/federation/12c_moshpit.ipynb #e0132091
 def grid(
@@ -152,7 +152,7 @@ class Peer:
     "One client during the averaging of a round."
     entries: dict[str, Any]  # its model, weight and statistics
     bits: tuple[int, ...]  # of a mean that it receives, one a quantised layer; empty: full precision
-    met: bool = False  # was it alive in any iteration?
+    met: bool = False  # was it alive, and understood by its group, in any iteration?
 
 def peer_of(
     message: Message,  # a client's trained model
@@ -199,35 +199,87 @@ def group_mean(
         model.add(dense, float(shares[WEIGHT]))
     return model.mean() | statistics.mean() | weights.mean()
 
+# %% ../../nbs/federation/12c_moshpit.ipynb #b5ed8e31
+def ranges(run: Run) -> dict[str, tuple[float, float]]:
+    "The least and the largest value that each of a peer's statistics can have."
+    counts, budgets = [len(p) for p in run.partition.parts if len(p)], run.config.bits
+    least, most = min(counts) * (1 - 1e-5), max(counts) * (1 + 1e-5)  # means are rounded to fp32
+    shares = {WEIGHT: (least, most), BIT_WEIGHT: (least * min(budgets), most * max(budgets))}
+    return shares | {MEAN_BITS: (0.0, 8.0), MEAN_LOSS: (0.0, 8.0)}
+
+# %% ../../nbs/federation/12c_moshpit.ipynb #36e8e932
+def understood(
+    run: Run,  # configuration, layout, counts
+    data: bytes,  # a hop
+    client: int,  # whose connection it came from
+    round: int,  # that it must belong to
+) -> Message:
+    "Read what a member sends to its group, or refuse it."
+    c, shape, message = run.config, run.server.layout, decode(data, peer_manifest(run.server.layout))
+    if message.client != client: raise WireError(f'a hop of client {message.client} from client {client}')
+    if message.round != round: raise WireError(f'a hop of round {message.round} in round {round}')
+
+    statistics = (WEIGHT, BIT_WEIGHT, MEAN_BITS, MEAN_LOSS) if c.update != 'fp32' else (WEIGHT,)
+    due = {n: form_of(t) for n, t in run.server.state.items()} | dict.fromkeys(statistics, 'float32')
+    coded = [n for n in shape.quantized if isinstance(message.entries.get(n), Planes)]
+    if c.hop != 'fp32' and len(coded) < len(shape.quantized):
+        raise WireError(f'fp32 where planes are due (hop={c.hop!r})')
+    if c.update != 'fp32' or c.hop != 'fp32': due |= {n: form_of(message.entries[n]) for n in coded}
+    check_forms(message.entries, due)
+
+    dense = message.dense()
+    check_numbers({n: dense[n] for n in run.server.state}, Average(c.bn_pool))
+    for name, (low, high) in ranges(run).items():
+        if name in dense and not bool(((dense[name] >= low) & (dense[name] <= high)).all()):
+            raise WireError(f'{name} outside of {low:g} to {high:g}')
+    return message
+
 # %% ../../nbs/federation/12c_moshpit.ipynb #91a037a8
+def _coin(c: RunConfig, round: int, iteration: int, client: int, way: int) -> torch.Generator | None:
+    "The stream of one stochastic hop: a coin of its own for each sender, iteration and way (0 up, 1 down)."
+    if c.rounding_up != 'stochastic': return None
+    return torch_rng(c.seed, 'quantiser', 2 * round, 2**20 * (2 + 2 * iteration + way) + client)
+
+
+def hop_message(
+    run: Run,  # configuration, layout
+    peer: Peer,  # what it holds
+    client: int,  # who
+    round: int,  # names the stream of a stochastic rounding
+    iteration: int,  # the same
+) -> bytes:
+    "What a member sends to its group."
+    shape, coin = run.server.layout, _coin(run.config, round, iteration, client, 0)
+    entries = hop_entries(peer.entries, shape, peer.bits, coin)
+    return encode(Message(0, round, client, 0, entries), peer_manifest(shape))
+
+# %% ../../nbs/federation/12c_moshpit.ipynb #23b273c4
 def meet(
     run: Run,  # meter and configuration
     members: dict[int, Peer],  # client -> peer, in order; changed
     round: int,  # names the streams of stochastic roundings
     iteration: int,  # the same
-) -> None:
+) -> dict[int, str]:  # who was left out, and why
     "One group averages."
-    c, shape, leader = run.config, run.server.layout, min(members)
-    manifest, replies = peer_manifest(shape), dict[tuple[int, ...], bytes]()
-
-    def coin(client: int, way: int) -> torch.Generator | None:
-        if c.rounding_up != 'stochastic': return None
-        return torch_rng(c.seed, 'quantiser', 2 * round, 2**20 * (2 + 2 * iteration + way) + client)
-
-    def counted(way: str, data: bytes, client: int) -> bytes:
-        return data if client == leader else run.meter.add(way, data, client)
-
-    arrived = []
+    c, shape, replies = run.config, run.server.layout, dict[tuple[int, ...], bytes]()
+    sent, arrived, problems = dict[int, bytes](), dict[int, Message](), dict[int, str]()
     for k, peer in members.items():
-        entries = hop_entries(peer.entries, shape, peer.bits, coin(k, 0))
-        arrived.append(decode(counted('up', encode(Message(0, round, k, 0, entries), manifest), k), manifest))
+        try:
+            sent[k] = hop_message(run, peer, k, round, iteration)
+            arrived[k] = understood(run, sent[k], k, round)
+        except WireError as why: problems[k] = str(why)
+    if len(arrived) < 2: return problems
 
-    mean, toss = group_mean(arrived, c.bn_pool), coin(leader, 1)
-    for k, peer in members.items():
-        if peer.bits not in replies:
-            entries = hop_entries(mean, shape, peer.bits, toss)
-            replies[peer.bits] = encode(Message(0, round, leader, 0, entries), manifest)
-        peer.entries = decode(counted('down', replies[peer.bits], k), manifest).entries
+    leader, manifest = min(arrived), peer_manifest(shape)
+    others = [k for k in arrived if k != leader]
+    for k in others: run.meter.add('up', sent[k], k)
+    mean, toss = group_mean(list(arrived.values()), c.bn_pool), _coin(c, round, iteration, leader, 1)
+    for bits in dict.fromkeys(members[k].bits for k in arrived):
+        entries = hop_entries(mean, shape, bits, toss)
+        replies[bits] = encode(Message(0, round, leader, 0, entries), manifest)
+    for k in arrived: members[k].entries = decode(replies[members[k].bits], manifest).entries
+    for k in others: run.meter.add('down', replies[members[k].bits], k)
+    return problems
 
 # %% ../../nbs/federation/12c_moshpit.ipynb #7454c48d
 def exchange(
@@ -235,9 +287,9 @@ def exchange(
     peers: dict[int, Peer],  # those that can take part; changed
     seats: Sequence[int],  # all clients with a cell
     round: int,  # from 0
-) -> None:
+) -> dict[int, str]:  # who was left out of a meeting, and why
     "A round's averaging."
-    c = run.config
+    c, problems = run.config, dict[int, str]()
     dims = [side_of(len(seats), c.grid_axes)] * c.grid_axes
     idx = grid(len(seats), dims, torch_rng(c.seed, 'participation', round, 1))  # [seats, axes]
     for t in range(c.moshpit_iterations):
@@ -246,8 +298,10 @@ def exchange(
         for k, group, lives in zip(seats, groups_of(idx, t % c.grid_axes).tolist(), alive, strict=True):
             if k in peers and lives: groups.setdefault(group, {})[k] = peers[k]
         for members in groups.values():
-            for peer in members.values(): peer.met = True
-            if len(members) > 1: meet(run, members, round, t)
+            left_out = meet(run, members, round, t) if len(members) > 1 else {}
+            problems |= left_out
+            for k in members.keys() - left_out.keys(): members[k].met = True
+    return problems
 
 # %% ../../nbs/federation/12c_moshpit.ipynb #c5b92830
 def own_models(run: Run) -> Memories:
@@ -284,7 +338,7 @@ def settle(
 ) -> Server:
     "Take a peer's model and, if it was there, its statistics."
     dense = Message(0, 0, 0, 0, peer.entries).dense()
-    own.state = {n: dense[n] for n in own.state}
+    own.state = {n: dense[n].to(t.dtype) for n, t in own.state.items()}
     if peer.met and MEAN_BITS in dense:
         own.mean_bits = [round(v) for v in dense[MEAN_BITS].tolist()]
         own.mean_loss = [round(v + 1) for v in dense[MEAN_LOSS].tolist()]
@@ -331,9 +385,11 @@ def train_peers(
         if k not in failing: trained.logs.append(result.log)
         if result.message is None:
             trained.failed[str(k)] = result.log['failed']
-        else:
-            message = decode(result.message, own.manifest)
-            trained.owns[k], trained.peers[k] = own, peer_of(message, run.config, own.layout, own.budget(k))
+            continue
+        own.expect(round, {k: len(run.partition.parts[k])})
+        try: message = checked(own, result.message, k).message
+        except WireError as why: trained.failed[str(k)] = str(why)
+        else: trained.owns[k], trained.peers[k] = own, peer_of(message, run.config, own.layout, own.budget(k))
     return trained
 
 # %% ../../nbs/federation/12c_moshpit.ipynb #f6026507
@@ -347,7 +403,8 @@ def moshpit_round(
     trained, clock = train_peers(run, chosen, failing, round), Clock()
 
     present = {k: trained.peers[k] for k in chosen if k in trained.peers and k not in failing}
-    with clock('exchange'): exchange(run, present, chosen, round)
+    with clock('exchange'): left_out = exchange(run, present, chosen, round)
+    trained.failed |= {str(k): why for k, why in left_out.items()}
     for k, own in trained.owns.items():
         own_models(run).save(k, round, settle(own, trained.peers[k]).checkpoint())
     observe(run, round)

@@ -195,6 +195,7 @@ def run_round(
     sizes = [len(p) for p in run.partition.parts]
     chosen, failing = participants(run.config, sizes, round)
     order, logs, problems = longest_first(chosen, sizes), [], {}
+    run.server.expect(round, {k: sizes[k] for k in chosen})
     visits = run.pool.map(lambda k: visit(run, k, round, k in failing), order)
     for k, (down, result) in zip(order, visits, strict=True):
         for message in down: run.meter.add('down', message, k)
@@ -203,9 +204,11 @@ def run_round(
         if result.message is None:
             problems[k] = result.log['failed']
             continue
+        try: receive(run.server, result.message, k)
+        except WireError as why:
+            problems[k] = str(why)
+            continue
         run.meter.add('up', result.message, k)
-        try: receive(run.server, result.message, round)
-        except WireError as why: problems[k] = str(why)
     line = dict(round=round + 1, sampled=len(chosen), arrived=aggregate(run.server))
     return line | dict(failed={str(k): v for k, v in problems.items()}) | summary_of(logs)
 

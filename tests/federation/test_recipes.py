@@ -320,11 +320,13 @@ def test_a_second_message_of_a_client_is_refused(digits):
     replica = Replica(config, image_task(10))
     server = Server(config, replica.layout, replica.state)
     entries = decode(downlink(server, 0, 0)[0], server.manifest).entries
-    receive(server, encode(Message(0, 0, 1, 10, entries), server.manifest), 0)
+    server.expect(0, {1: 10})
+    receive(server, encode(Message(0, 0, 1, 10, entries), server.manifest), 1)
     with pytest.raises(WireError, match='second message of client 1'):
-        receive(server, encode(Message(0, 0, 1, 9999, entries), server.manifest), 0)
+        receive(server, encode(Message(0, 0, 1, 9999, entries), server.manifest), 1)
     assert aggregate(server) == 1
-    receive(server, encode(Message(0, 1, 1, 10, entries), server.manifest), 1)  # a new round
+    server.expect(1, {1: 10})  # a new round
+    receive(server, encode(Message(0, 1, 1, 10, entries), server.manifest), 1)
 
 
 # --- conditions ---------------------------------------------------------------------------------------------

@@ -606,6 +606,7 @@ def test_the_server_gives_an_emptied_layer_bits_again(world):
     assert gone.bits == 0
     message = encode(Message(0, 0, 0, 10, entries | {'fc.weight': gone}), manifest)
     assert len(message) == len(downlink(server, 0, 0)[0]) - 5 * 80  # nothing but the scale crosses for it
+    server.expect(0, {0: 10})
     receive(server, message, 0)
     aggregate(server)
     at = replica.layout.quantized.index('fc.weight')
@@ -635,6 +636,7 @@ def test_with_a_rate_of_zero_everything_comes_back(world, name, bits):
     replica, _, manifest, state = world
     config = RunConfig(model='resnet8', clients=3, bits=bits, assignment='prune-grow', update='signed-planes')
     server = Server(config, replica.layout, state)
+    server.expect(0, dict(enumerate((5, 200, 31))))
     for k, n in enumerate((5, 200, 31)):
         sent, result, _ = client_round(
             world, state, [bits] * 8, images=16, lr=0, prune_threshold=0, **VARIANTS[name]
@@ -645,7 +647,7 @@ def test_with_a_rate_of_zero_everything_comes_back(world, name, bits):
             came, went = back.entries[layer].dequantize(), sent.entries[layer].dequantize()
             grows = name in ('overflow', 'plain')  # the scale is at least the sum of the planes, which rounds
             assert torch.equal(came, went) or (grows and torch.allclose(came, went, rtol=2**-22, atol=0))
-        receive(server, encode(Message(0, 0, k, n, back.entries), manifest), 0)
+        receive(server, encode(Message(0, 0, k, n, back.entries), manifest), k)
     assert aggregate(server) == 3
     values = sent.dense()
     for layer in (*replica.layout.quantized, *replica.layout.others):
