@@ -35,6 +35,6 @@ setuptools.setup(
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{lib} = {lib}._modidx:d"],  # other nbdev projects may link to our symbols
-        "papermill.engine": [f"{lib} = {lib}.tools.papermill_plugin:StrictEngine"],  # see nbs/tools/80_papermill.ipynb
+        "papermill.engine": [f"{lib} = {lib}.tools.papermill_plugin:StrictEngine"],  # page 80
     },
 )

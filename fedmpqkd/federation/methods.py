@@ -12,9 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.config import RunConfig, as_typed, config_from
+from ..core.config import DISTILL_LOSSES, RunConfig, as_typed, config_from
 from ..core.usercode import code_of
-from ..learn.distill import DISTILL_LOSSES
 from ..models.vision import _MODELS, BUILT_IN
 from ..quant.bits import RULES
 

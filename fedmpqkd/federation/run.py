@@ -102,7 +102,8 @@ def _tell_emptied(
 ) -> None:
     "Say once that clients start from a model of which a third hardly holds anything."
     if line.get('emptied', 0) <= 1 / 3 or any(past.get('emptied', 0) > 1 / 3 for past in curve): return
-    print(f"{method}, round {line['round']}: {100 * line['emptied']:.0f} % of the weights are in layers of which "
+    share = f"{100 * line['emptied']:.0f} %"
+    print(f"{method}, round {line['round']}: {share} of the weights are in layers of which "
           'over 95 % are zero: a large layer has too few bits (see the page quant/06_bits)', flush=True)
 
 # %% ../../nbs/federation/12e_run.ipynb #bfb23997

@@ -1,4 +1,4 @@
-"Networks that people bring, through whole runs: one result for one identity, every buffer delivered, one clear refusal."
+"Networks that people bring, through whole runs: one result for one identity, one clear refusal."
 import random
 
 import numpy as np
@@ -49,7 +49,8 @@ def numpy_noise(net, h): return h + np.random.randn() if net.training else h
 
 def played(method, model, workers, **more):
     torch.manual_seed(workers), random.seed(workers), np.random.seed(workers)  # of the user's own program
-    return timeless(run(make_config(method, model=model, **FIELDS | more), digits(), workers=workers)['curve'])
+    config = make_config(method, model=model, **FIELDS | more)
+    return timeless(run(config, digits(), workers=workers)['curve'])
 
 
 @pytest.mark.parametrize('how', [drop, python_coin, numpy_noise])
@@ -89,7 +90,8 @@ def test_trying_a_network_changes_nothing(name):
 
 
 def test_every_kind_of_buffer_arrives():
-    kinds = dict(flag=torch.bool, table=torch.int32, short=torch.float16, wide=torch.float64, count=torch.int64)
+    kinds = dict(flag=torch.bool, table=torch.int32, short=torch.float16, wide=torch.float64,
+                 count=torch.int64)
 
     def mean_of(net, h):
         if net.training:
@@ -154,10 +156,12 @@ class Volume(nn.Module):
 
 ACCEPTED = dict(
     view=View, volume=Volume,
-    lazy=lambda c: nn.Sequential(nn.LazyConv2d(4, 4, 4), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(c)),
+    lazy=lambda c: nn.Sequential(
+        nn.LazyConv2d(4, 4, 4), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(c)),
     old=lambda c: nn.Sequential(weight_norm(nn.Conv2d(3, 4, 4, 4)), nn.Flatten(), nn.Linear(256, c)),
     new=lambda c: nn.Sequential(
-        parametrizations.weight_norm(nn.Conv2d(3, 4, 4, 4)), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, c)),
+        parametrizations.weight_norm(nn.Conv2d(3, 4, 4, 4)), nn.BatchNorm2d(4), nn.Flatten(),
+        nn.Linear(256, c)),
     spectral=lambda c: nn.Sequential(
         nn.Flatten(), parametrizations.spectral_norm(nn.Linear(3072, 8)), nn.Linear(8, c)))
 
