@@ -426,6 +426,7 @@ def collect(
     return ''
 
 # %% ../../nbs/federation/12d_exchange.ipynb #bdd4d9e6
+# long: one round in one piece
 def exchange_round(
     run: Run,  # changed: mean logits, memories, with 'logits+model' its server
     round: int,  # from 0

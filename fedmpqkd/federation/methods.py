@@ -146,6 +146,7 @@ def denied(
     recipe = RECIPES.get(method, {})
     return {n: recipe[n] for n, v in wishes.items() if n in recipe and not same_value(n, v, recipe[n])}
 
+# %% ../../nbs/federation/11_methods.ipynb #c26df03a
 def check_wishes(
     method: str,  # a recipe's name
     wishes: Mapping[str, Any],  # field -> value

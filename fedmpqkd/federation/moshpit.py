@@ -371,6 +371,7 @@ class Trained:
     logs: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of those that do not fail
     failed: dict[str, str] = dataclasses.field(default_factory=dict)  # client -> why it has no message
 
+# %% ../../nbs/federation/12c_moshpit.ipynb #2ab211e1
 def train_peers(
     run: Run,  # a federation at work
     chosen: list[int],  # sampled clients

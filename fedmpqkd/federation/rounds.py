@@ -187,6 +187,7 @@ def longest_first(chosen: Iterable[int], sizes: Sequence[int]) -> list[int]:
     "Clients by falling number of samples."
     return sorted(chosen, key=lambda k: -sizes[k])
 
+# %% ../../nbs/federation/12a_rounds.ipynb #6bcd8bfc
 def run_round(
     run: Run,  # changed: its server has a new model afterwards
     round: int,  # from 0

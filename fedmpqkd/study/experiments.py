@@ -206,6 +206,7 @@ def check_rows(
             said = ', '.join(f'{m} pins {p[name]}' for m, p in zip(methods, pinned, strict=True))
             raise ValueError(f'{name}={value}: no method here follows it ({said})')
 
+# %% ../../nbs/study/16b_experiments.ipynb #e8176aea
 def plan(
     experiment: Experiment,  # setting
     preset: str,  # scale
@@ -311,6 +312,7 @@ def _wait_for(busy: list[Claimed], told: set[str], wait: float) -> None:
               flush=True)
     time.sleep(wait)
 
+# %% ../../nbs/study/16b_experiments.ipynb #88de27fe
 def run_sweep(
     jobs: Iterable[Job],  # what to compute, most important first
     executor: Executor | None = None,  # who computes; None is this process
