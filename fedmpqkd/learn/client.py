@@ -221,8 +221,7 @@ def local_round(
             entries = uplink_entries(replica, config, after)
             if config.uplink != 'model':
                 compressed, residual = update_entries(replica, config, work, received[0])
-                entries |= compressed
-                if config.error_feedback: memory = residual  # a configuration has one or the other
+                entries, memory = entries | compressed, residual if config.error_feedback else memory
             message = encode(Message(0, work.round, work.client, len(work.index), entries), manifest)
         except WireError as why: return Result(None, log | dict(failed=str(why)), work.memory)
     return Result(message, log, memory)
