@@ -81,7 +81,7 @@ def test_the_programs_own_generators_are_left_alone():
 
 @pytest.mark.parametrize('name', [n for n in OURS if 'small-4' not in n])
 def test_trying_a_network_changes_nothing(name):
-    config = make_config('fedmpq-kd', model=name)
+    config = make_config('fedmpq-kd', model=name, **FIELDS)
     replica, fresh = Replica(config, VisionTask(digits())), build_model(name, 10, config.seed)
     assert not replica.draws and not replica.remarks and replica.simple
     for n, t in fresh.state_dict().items(): assert torch.equal(t, replica.state[n])
