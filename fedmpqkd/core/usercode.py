@@ -139,7 +139,7 @@ _VISITS: tuple[tuple[Any, Any], ...] = (
 
 # %% ../../nbs/core/01d_usercode.ipynb #63db3cc8
 def code_of(
-    thing: Any,  # a function, class or network that somebody has registered
+    thing: Any,  # a function, class or network that was registered
 ) -> str:  # 12 hexadecimal digits; '' for code of installed packages and of this one
     "The fingerprint of the code that will run."
     module = getattr(thing, '__module__', None) or type(thing).__module__
@@ -151,7 +151,8 @@ def code_of(
 # %% ../../nbs/core/01d_usercode.ipynb #c5bb087f
 def _modules_in(folder: Path) -> dict[str, Path]:
     "Loaded modules whose file lies in a folder or below."
-    files = {name: getattr(m, '__file__', None) for name, m in list(sys.modules.items()) if name != '__main__'}
+    loaded = {name: m for name, m in sys.modules.items() if name != '__main__'}
+    files = {name: getattr(m, '__file__', None) for name, m in loaded.items()}
     paths = {name: Path(file).resolve() for name, file in files.items() if file}
     return {name: path for name, path in paths.items() if path.is_relative_to(folder) and is_users(name)}
 

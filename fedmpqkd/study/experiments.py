@@ -104,7 +104,7 @@ def choose_device(
     "The GPU if there is one."
     if device == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
     if device.startswith('mps'):
-        raise ValueError(f'device={device!r} cannot be used: training needs float64, which MPS lacks; take cpu')
+        raise ValueError(f'device={device!r} cannot be used: training needs float64, MPS has none')
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as why:
