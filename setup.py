@@ -29,6 +29,7 @@ setuptools.setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "dev": cfg["dev_requirements"].split(),  # to read, run and test the notebooks
+        "docs": cfg["docs_requirements"].split(),  # to build the site
         "bench": cfg["bench_requirements"].split(),  # the other framework that the speed page compares with
     },
     entry_points={

@@ -24,7 +24,8 @@ class Tape(Meter):
 
 def timeless(curve: list[dict]) -> list[dict]:
     "A curve without what the clock says."
-    return [{k: v for k, v in line.items() if k not in ('phases', 'seconds', 'seconds_training')} for line in curve]
+    clock = ('phases', 'seconds', 'seconds_training')
+    return [{k: v for k, v in line.items() if k not in clock} for line in curve]
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""The package is what the notebooks say, and the notebooks are what a reader should find. No test here needs git."""
+"""The package is what the notebooks say, and the pages are what a reader should find. No test needs git."""
 import ast
 import filecmp
 import json
@@ -8,19 +8,21 @@ import sys
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 from conftest import BIN, ROOT
 
 sys.path.insert(0, str(ROOT / "nbs" / "_site"))
 import readme  # noqa: E402
 import refresh  # noqa: E402
+from test_wings import WINGS  # noqa: E402
 
 NOTEBOOKS = readme.pages()
 COMPONENTS = [p for p in NOTEBOOKS if p.stem[0].isdigit()]
 EXPERIMENTS = [p for p in NOTEBOOKS if p.stem.startswith("exp")]
 MODULES = sorted(ROOT.glob("fedmpqkd/**/*.py"))
-BARE = sorted(p for wing in ("core", "quant", "data", "models", "wire", "learn", "evaluate", "federation", "study")
-              for p in (ROOT / "fedmpqkd" / wing).glob("[!_]*.py"))
+BARE_WINGS = ("core", "quant", "data", "models", "wire", "learn", "evaluate", "federation", "study")
+BARE = sorted(p for wing in BARE_WINGS for p in (ROOT / "fedmpqkd" / wing).glob("[!_]*.py"))
 ON_A_BARE_MACHINE = {"fedmpqkd", "numpy", "torch", "torchvision", "timm", "pandas", "pyarrow", "PIL"}
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -39,7 +41,8 @@ def code_lines(source: str) -> list[str]:
 
 def modules_of_notebooks() -> set[str]:
     "What the notebooks export."
-    return {m for p in NOTEBOOKS for c in cells(p, "code") for m in re.findall(r"^#\s*\|\s*default_exp\s+(\S+)", c["source"], re.M)}
+    sources = [c["source"] for p in NOTEBOOKS for c in cells(p, "code")]
+    return {name for s in sources for name in re.findall(r"^#\s*\|\s*default_exp\s+(\S+)", s, re.M)}
 
 
 def test_package_is_exported(copy: Path):
@@ -57,9 +60,10 @@ def test_notebooks_are_clean(copy: Path):
 
 
 def test_every_module_has_a_notebook():
-    written_by_hand = {"__init__", "_modidx"}
-    found = {".".join(p.relative_to(ROOT / "fedmpqkd").with_suffix("").parts) for p in MODULES if p.stem not in written_by_hand}
-    assert found == modules_of_notebooks()
+    by_hand = {"__init__", "_modidx"}
+    found = [p.relative_to(ROOT / "fedmpqkd").with_suffix("") for p in MODULES if p.stem not in by_hand]
+    assert {".".join(p.parts) for p in found} == modules_of_notebooks()
+
 
 def test_every_page_is_seen():
     "In every wing; a tool that looks at one level only would see a handful."
@@ -72,13 +76,14 @@ def test_core_modules_import_on_a_bare_machine(path: Path):
     "At their top these modules import what a training machine has, and nothing for drawing or for notebooks."
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = {a.name for n in tree.body if isinstance(n, ast.Import) for a in n.names}
-    found |= {n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom) and n.level == 0}  # not our own modules
+    # not our own modules, whose imports are relative
+    found |= {n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom) and n.level == 0}
     assert {f.split(".")[0] for f in found} - set(sys.stdlib_module_names) <= ON_A_BARE_MACHINE
 
 
 @each
 def test_title_cell_is_alone(path: Path):
-    "Title, subtitle and `- key: value` lines: anything else in this cell would vanish from the module's docstring."
+    "Title, subtitle and `- key: value` lines: anything else here would vanish from the module's docstring."
     lines = [s for s in cells(path, "markdown")[0]["source"].splitlines() if s.strip()]
     assert re.match(r"# \S", lines[0])
     assert len(lines) > 1 and lines[1].startswith("> "), "the title wants a subtitle: > one line"
@@ -92,7 +97,9 @@ def test_cells_have_names_of_their_own(path: Path):
     assert len(set(ids)) == len(ids)
 
 
-def is_export(source: str) -> bool: "Does the cell go into the package?"; return bool(re.search(r"^#\s*\|\s*export", source, re.M))
+def is_export(source: str) -> bool:
+    "Does the cell go into the package?"
+    return bool(re.search(r"^#\s*\|\s*export", source, re.M))
 
 
 def only_imports(source: str) -> bool:
@@ -103,7 +110,8 @@ def only_imports(source: str) -> bool:
 @each
 def test_code_cells_are_short(path: Path):
     "At most 25 lines; a longer cell gives its reason in a comment that begins with `# long:`."
-    sources = [c["source"] for c in cells(path, "code") if not only_imports(c["source"]) and "# long:" not in c["source"]]
+    sources = [c["source"] for c in cells(path, "code")]
+    sources = [s for s in sources if "# long:" not in s and not only_imports(s)]
     assert max((len(code_lines(s)) for s in sources), default=0) <= 25
 
 
@@ -139,7 +147,44 @@ def test_experiments_take_parameters(path: Path):
     "Without the tag papermill would put the parameters on top, where the notebook's defaults overwrite them."
     tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1
-    assert "- skip_exec: true" in cells(path, "markdown")[0]["source"].splitlines(), "nbdev_test would run the experiment"
+    title = cells(path, "markdown")[0]["source"].splitlines()
+    assert "- skip_exec: true" in title, "nbdev_test would run the experiment"
+    names = [n.target.id for n in ast.parse(tagged[0]["source"]).body]
+    seen = list(papermill.inspect_notebook(str(path)))
+    assert seen == names, "papermill skips a line with '=' or ':' in its comment"
+
+
+LINK = re.compile(r"(?<!!)\[[^]]*\]\((?![a-z]+:|#)([^)#\s]+)")  # relative ones, without the part behind '#'
+
+
+def broken_links(text: str, folder: Path) -> list[str]:
+    "Relative links of a Markdown text that point to nothing."
+    return [target for target in LINK.findall(text) if not (folder / target).exists()]
+
+
+def test_a_broken_link_is_found(tmp_path: Path):
+    (tmp_path / "there.md").touch()
+    text = "[a](there.md#part) [b](gone.md) [c](https://example.org) [d](#here)\n[two\nlines](gone/too.ipynb)"
+    assert broken_links(text, tmp_path) == ["gone.md", "gone/too.ipynb"]
+
+
+@each
+def test_links_point_to_files(path: Path):
+    text = "\n\n".join(c["source"] for c in cells(path, "markdown"))
+    assert broken_links(text, path.parent) == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_the_front_door_point_to_files(name: str):
+    assert broken_links((ROOT / name).read_text(encoding="utf-8"), ROOT) == []
+
+
+def test_the_map_shows_every_page():
+    "Each page is linked from the index; the wings stand in the order in which they may import one another."
+    text = "\n".join(c["source"] for c in cells(ROOT / "nbs" / "index.ipynb", "markdown"))
+    linked = {(ROOT / "nbs" / target).resolve() for target in LINK.findall(text)}
+    assert set(NOTEBOOKS) - linked == {ROOT / "nbs" / "index.ipynb"}
+    assert tuple(re.findall(r"^\| `(\w+)` \|", text, re.M)) == WINGS
 
 
 def test_readme_is_current():
@@ -148,13 +193,16 @@ def test_readme_is_current():
 
 
 def test_readme_shows_what_a_reader_needs(tmp_path: Path):
-    new, shown = nbformat.v4, {"text/plain": "plain", "text/html": "<b>html</b>"}
+    new = nbformat.v4
+    shown, table = {"text/plain": "plain", "text/html": "<b>html</b>"}, {"text/markdown": "|a|"}
     nb = new.new_notebook()
     nb.cells = [
         new.new_code_cell("#| hide\nimport secret"),
-        new.new_markdown_cell("# Title\n\n[page](quant/05_quantize.ipynb) [file](../LICENSE) [web](https://example.org) [here](#x)"),
+        new.new_markdown_cell(
+            "# Title\n\n"
+            "[page](quant/05_quantize.ipynb) [file](../LICENSE) [web](https://example.org) [here](#x)"),
         new.new_code_cell("#| eval: false\nf[0](y)", outputs=[new.new_output("display_data", data=shown)]),
-        new.new_code_cell("#| echo: false\ntable()", outputs=[new.new_output("display_data", data={"text/markdown": "|a|"})]),
+        new.new_code_cell("#| echo: false\ntable()", outputs=[new.new_output("display_data", data=table)]),
         new.new_code_cell("go()", outputs=[new.new_output("stream", name="stderr", text="a warning")]),
     ]
     index, target = tmp_path / "index.ipynb", tmp_path / "README.md"
@@ -162,14 +210,16 @@ def test_readme_shows_what_a_reader_needs(tmp_path: Path):
     assert readme.main(["--check"], index, target) == 1
     assert readme.main([], index, target) == 0 and readme.main(["--check"], index, target) == 0
     assert target.read_text() == readme.NOTE + (
-        "# Title\n\n[page](nbs/quant/05_quantize.ipynb) [file](LICENSE) [web](https://example.org) [here](#x)\n\n"
+        "# Title\n\n"
+        "[page](nbs/quant/05_quantize.ipynb) [file](LICENSE) [web](https://example.org) [here](#x)\n\n"
         "```python\nf[0](y)\n```\n\n    plain\n\n|a|\n\n```python\ngo()\n```\n")
 
 
 def test_refresh_twice_changes_nothing(copy: Path):
     "A page that shows a number, a widget and an execution count; run twice, only the number is left."
-    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}})
-    nb.cells = [nbformat.v4.new_code_cell("import ipywidgets\n6 * 7"), nbformat.v4.new_code_cell("ipywidgets.IntSlider()")]
+    new, kernel = nbformat.v4, {"name": "python3", "language": "python", "display_name": "python3"}
+    nb = new.new_notebook(metadata={"kernelspec": kernel})
+    nb.cells = [new.new_code_cell("import ipywidgets\n6 * 7"), new.new_code_cell("ipywidgets.IntSlider()")]
     path = copy / "nbs" / "99_tmp.ipynb"
     nbformat.write(nb, path)
     refresh.refresh(path)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-WINGS = ("core", "quant", "data", "models", "wire", "evaluate", "learn", "federation", "study", "report", "bench", "tools")
+WINGS = ("core", "quant", "data", "models", "wire", "evaluate", "learn", "federation", "study",
+         "report", "bench", "tools")
 PACKAGE = ROOT / "fedmpqkd"
 
 
@@ -21,7 +22,8 @@ def wing(module: str) -> str:
 def imported(path: Path, package: Path) -> set[str]:
     "The modules of a package that a file imports, at its top or within a function."
     here = path.relative_to(package.parent).with_suffix("").parts
-    known = {".".join(p.relative_to(package.parent).with_suffix("").parts) for p in package.rglob("*.py")}
+    files = package.rglob("*.py")
+    known = {".".join(p.relative_to(package.parent).with_suffix("").parts) for p in files}
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import): found |= {a.name for a in node.names}
@@ -36,7 +38,8 @@ def imported(path: Path, package: Path) -> set[str]:
 def graph(package: Path = PACKAGE) -> dict[str, set[str]]:
     "Every module with what it imports."
     files = [p for p in package.rglob("*.py") if p.stem not in ("__init__", "_modidx")]
-    return {".".join(p.relative_to(package.parent).with_suffix("").parts): imported(p, package) for p in files}
+    names = [".".join(p.relative_to(package.parent).with_suffix("").parts) for p in files]
+    return {name: imported(p, package) for name, p in zip(names, files, strict=True)}
 
 
 def upward(arrows: dict[str, set[str]], order: tuple[str, ...]) -> list[str]:
@@ -60,7 +63,8 @@ def test_no_circles():
     except CycleError as circle: pytest.fail(" -> ".join(circle.args[1]))
 
 
-@pytest.mark.parametrize("text", ["from ..study.records import load", "def f():\n    from fedmpqkd.study import records",
+@pytest.mark.parametrize("text", ["from ..study.records import load",
+                                  "def f():\n    from fedmpqkd.study import records",
                                   "import fedmpqkd.study.records"])
 def test_an_upward_import_is_found(tmp_path: Path, text: str):
     "Also one that hides in a function."
@@ -68,12 +72,13 @@ def test_an_upward_import_is_found(tmp_path: Path, text: str):
         file = tmp_path / "fedmpqkd" / f"{name}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(source)
-    assert upward(graph(tmp_path / "fedmpqkd"), WINGS) == ["fedmpqkd.core.config imports fedmpqkd.study.records"]
+    found = upward(graph(tmp_path / "fedmpqkd"), WINGS)
+    assert found == ["fedmpqkd.core.config imports fedmpqkd.study.records"]
 
 
 def test_pages_and_tests_mirror_the_wings():
     for page in (ROOT / "nbs").rglob("[!_.]*.ipynb"):
         target = re.search(r"default_exp ([\w.]+)", page.read_text(encoding="utf-8"))
-        if target and "." in target[1]: assert target[1].split(".")[0] == page.parent.name, page.name
+        if target and "." in target[1]: assert target[1].split(".")[0] == page.parent.name
     folders = {p.parent.name for p in (ROOT / "tests").rglob("test_*.py")} - {"tests"}
     assert folders <= set(WINGS)

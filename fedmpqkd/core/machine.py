@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .journal import project_root
-
 # %% ../../nbs/core/01c_machine.ipynb #bd250bcf
 def _cpu_name() -> str:
     "The processor's marketing name, where the system tells it."
@@ -49,15 +47,19 @@ def environment(
 
 # %% ../../nbs/core/01c_machine.ipynb #4ce605d4
 def commit(
-    root: Path | None = None,  # the repository
-) -> str:  # hash, with '+' if the tree had changes; '' outside a repository
+    root: Path | None = None,  # a repository; the one that holds this package by default
+) -> str:  # hash, with '+' if the tree had changes; '' where the package is not in its repository
     "The commit that made a record."
+    root = root or Path(__file__).resolve().parents[2]
+    if not (root / 'settings.ini').is_file(): return ''
+
     def git(*args: str) -> str:
-        where = root or project_root()
-        done = subprocess.run(['git', *args], cwd=where, capture_output=True, text=True, check=True)
+        safe = ('-c', 'core.hooksPath=/dev/null', '-c', 'core.fsmonitor=false')
+        done = subprocess.run(['git', *safe, *args], cwd=root, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
+        if Path(git('rev-parse', '--show-toplevel')).resolve() != root: return ''
         changed = git('status', '--porcelain', '--', 'nbs', 'fedmpqkd')
         return git('rev-parse', 'HEAD')[:12] + ('+' if changed else '')
     except (OSError, subprocess.CalledProcessError): return ''

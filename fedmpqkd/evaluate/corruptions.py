@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..core.journal import packed, write_atomic
+from ..core.journal import Damaged, sealed, unseal, write_atomic
 from ..core.streams import rng
 from ..data.images import Dataset, cache_folder, stratified_indices
 from ..data.labelnoise import SHARED
@@ -555,17 +555,14 @@ def chosen_images(
 # %% ../../nbs/evaluate/14a_corruptions.ipynb #df8290c9
 def load_kept(
     path: Path,  # written by `corrupted_images`
-    images: int,  # that should be in it
-) -> Tensor | None:  # None: there is no such file, or it is damaged
+    owner: str,  # the key of these images, which the file must name
+) -> Tensor | None:  # None: there is no such file, or it was damaged
     "Corrupted images from the cache; damage is reported."
     if not path.exists(): return None
     try:
-        x = torch.load(path, weights_only=True)
-    except Exception as why:
-        x = type(why).__name__
-    if isinstance(x, Tensor) and x.dtype == torch.uint8 and tuple(x.shape) == (images, 3, 32, 32): return x
-
-    print(f'{path}: cache is damaged ({x if isinstance(x, str) else "other content"}); corrupting again')
+        images: Tensor = unseal(path, owner)
+        return images
+    except Damaged as why: print(f'{why}; corrupting again', flush=True)
     return None
 
 # %% ../../nbs/evaluate/14a_corruptions.ipynb #081cdd36
@@ -587,11 +584,11 @@ def corrupted_images(
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = cache_folder() / 'corrupted' / f'{data.name}-{name}-{severity}-{digest}.pt'
 
-    cached = load_kept(path, len(index))
+    cached = load_kept(path, digest)
     if cached is None:
         cached = corrupt(clean, name, severity, seed)
         try:
-            write_atomic(path, packed(cached.cpu()))
+            write_atomic(path, sealed(cached.cpu(), digest))
         except OSError as why:
             print(f'{path}: cannot be written ({why}); the images will be made again next time')
     return cached.to(data.test_x.device)

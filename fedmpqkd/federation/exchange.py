@@ -299,10 +299,11 @@ def study(
     "Digest, then train."
     clock = Clock()
     with clock('quantise'): train_state, before = prepare(replica, config, work, received, clock)
-    if target is not None:
-        for position in public_batches(public, config, work.round, work.client):
-            digest_step(replica, train_state, public.images(position), target[position])
-    train(replica, train_state, data, work)
+    with replica.layers(work.round, work.client):
+        if target is not None:
+            for position in public_batches(public, config, work.round, work.client):
+                digest_step(replica, train_state, public.images(position), target[position])
+        train(replica, train_state, data, work)
     with clock('quantise'): after = finished_planes(train_state, work)
 
     log = training_log(train_state, before, after) | dict(seconds=clock.seconds)

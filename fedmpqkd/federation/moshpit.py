@@ -445,9 +445,9 @@ def evaluate_peers(
         line = {key: v for key, v in line.items() if key != 'nll'} | dict(diverged=True)
     keys = [key for key in ('accuracy', 'ece', 'nll') if key in line]
     line |= {key: float(np.mean([s[key] for s in scores])) for key in keys}
-    line |= dict(images=len(index), consensus=float(np.mean(apart)))
-    worst = min(s['accuracy'] for s in scores)
-    return line | dict(peer_accuracy_mean=line['accuracy'], peer_accuracy_worst=worst)
+    worst, consensus = min(s['accuracy'] for s in scores), float(np.mean(apart))
+    return line | dict(samples=len(index), peer_accuracy_mean=line['accuracy'], peer_accuracy_worst=worst,
+                       consensus=consensus)
 
 # %% ../../nbs/federation/12c_moshpit.ipynb #55b58431
 MOSHPIT = Protocol(moshpit_round, evaluate_peers)

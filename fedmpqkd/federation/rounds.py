@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.config import RunConfig
-from ..core.journal import packed, write_atomic
+from ..core.config import RunConfig, run_id
+from ..core.journal import Damaged, sealed, unseal, write_atomic
 from ..core.streams import rng
 from ..data.labelnoise import noisy_clients, noisy_labels
 from ..data.partition import Partition, split
@@ -64,23 +64,32 @@ def hold_out(
 # %% ../../nbs/federation/12a_rounds.ipynb #d00acf9d
 class Memories:
     "What clients remember, on disk; without a folder, in a temporary one that goes with this object."
-    def __init__(self, folder: Path | None = None):
+    def __init__(self, folder: Path | None = None, owner: str = ''):
         self.temporary = None if folder else tempfile.TemporaryDirectory()
-        self.folder = folder or Path(self.temporary.name)  # type: ignore[union-attr]
+        self.folder, self.owner = folder or Path(self.temporary.name), owner  # type: ignore[union-attr]
+        self.last: dict[int, int] = {}  # client -> round of its newest memory
 
     def _files(self, client: int) -> list[tuple[int, Path]]:
         return sorted((int(p.stem.split('_')[1]), p) for p in self.folder.glob(f'{client}_*.pt'))
 
     def load(self, client: int, round: int) -> dict[str, Tensor]:
-        "The memory as it was before a round."
-        earlier = [p for r, p in self._files(client) if r < round]
-        return torch.load(earlier[-1], weights_only=True) if earlier else {}
+        "The memory as it was before a round; raises `Damaged` if there should be one and is none."
+        earlier = [(r, p) for r, p in self._files(client) if r < round]
+        if not earlier and self.last.get(client, round) < round:
+            raise Damaged(f'{self.folder}: the memory of client {client} has vanished')
+        if not earlier: return {}
+        made, path = earlier[-1]
+        memory: dict[str, Tensor] = unseal(path, f'{self.owner} client {client} round {made}')
+        return memory
 
     def save(self, client: int, round: int, memory: dict[str, Tensor]) -> None:
         "Remember; the last two versions are kept, so that a repeated round finds its past."
-        write_atomic(self.folder / f'{client}_{round}.pt', packed(memory))
+        path = self.folder / f'{client}_{round}.pt'
+        write_atomic(path, sealed(memory, f'{self.owner} client {client} round {round}'))
+        self.last[client] = round
         for _, old in self._files(client)[:-2]: old.unlink()
 
+# %% ../../nbs/federation/12a_rounds.ipynb #db2c868c
 def has_memory(config: RunConfig) -> bool:
     "Must clients remember anything?"
     return remembers(config) or config.error_feedback
@@ -135,8 +144,9 @@ def open_run(
     pool, labels = WorkerPool(config, task, device, workers), task.labels.cpu().numpy()
     parts = split(labels[start.private], config.clients, config.partition, config.seed, config.dirichlet)
     parts, validation = hold_out(start.held(parts), config)
-    server = Server(config, pool.replica.layout, start.state or pool.replica.state)
-    run = Run(config, pool, server, parts, Memories(folder), validation, start.cost)
+    server = Server(config, pool.replica.layout, pool.replica.state | start.state)
+    memories = Memories(folder, run_id(config, task.fingerprint))
+    run = Run(config, pool, server, parts, memories, validation, start.cost)
     run.meter.add_manifest(server.manifest.encode())
     return run
 
@@ -162,7 +172,7 @@ def visit(
 def summary_of(logs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     "One line from the clients' logs."
     line: dict[str, Any] = {}
-    for key in ('loss', 'kd', 'moved', 'lasso_moved'):
+    for key in ('loss', 'kd', 'moved', 'emptied', 'lasso_moved'):
         values = [log[key] for log in logs if np.isfinite(log.get(key, np.nan))]
         if values: line[key] = float(np.mean(values))
     line['skipped'] = sum(log['skipped'] for log in logs)

@@ -10,7 +10,7 @@ __all__ = ['PROTOCOLS', 'protocol_of', 'Progress', 'one_thread', 'test_parts', '
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import ALGORITHM_VERSION, RunConfig, plain, run_id
-from ..core.journal import Journal
+from ..core.journal import Damaged, Journal
 from ..core.machine import commit, environment
 from ..data.images import stratified_indices
 from ..evaluate.metrics import auc, client_dispersion, headline, peak_memory_mib
@@ -94,6 +94,17 @@ def test_parts(
     if not 0 < some < len(targets): return full, full
     return full, torch.from_numpy(stratified_indices(targets, some, 0))
 
+# %% ../../nbs/federation/12e_run.ipynb #0bb1d09b
+def _tell_emptied(
+    method: str,  # whose run
+    line: dict[str, Any],  # of this round
+    curve: list[dict[str, Any]],  # of the rounds before
+) -> None:
+    "Say once that clients start from a model of which a third hardly holds anything."
+    if line.get('emptied', 0) <= 1 / 3 or any(past.get('emptied', 0) > 1 / 3 for past in curve): return
+    print(f"{method}, round {line['round']}: {100 * line['emptied']:.0f} % of the weights are in layers of which "
+          'over 95 % are zero: a large layer has too few bits (see the page quant/06_bits)', flush=True)
+
 # %% ../../nbs/federation/12e_run.ipynb #bfb23997
 @one_thread()
 def play(
@@ -116,6 +127,7 @@ def play(
         line |= {f'bytes_{way}': run.meter.total[way] - before[way] for way in ('down', 'up')}
         line |= dict(seconds=time.perf_counter() - start, seconds_training=trained - start)
         line['bits'] = run.server.mean_bits
+        _tell_emptied(c.method, line, curve)
         curve.append(line)
         after(curve)
 
@@ -193,6 +205,7 @@ def resume(
     state, curve = saved
     federation.server.restore(state)
     federation.meter = Meter(**state['meter'])
+    federation.memories.last = state['memories']
     return curve
 
 # %% ../../nbs/federation/12e_run.ipynb #fa10c418
@@ -212,8 +225,9 @@ def compute(
     if progress: progress.resume(len(curve))
 
     def after(lines: list[dict[str, Any]]) -> None:
-        state = federation.server.checkpoint() | dict(meter=dataclasses.asdict(federation.meter))
-        if journal: journal.save(state, lines)
+        if journal:
+            extra = dict(meter=dataclasses.asdict(federation.meter), memories=dict(federation.memories.last))
+            journal.save(federation.server.checkpoint() | extra, lines)
         if progress: progress(lines[-1])
 
     try:
@@ -233,9 +247,14 @@ def run(
     progress: Any = None,  # shows rounds as they end, see `Progress`
 ) -> dict[str, Any]:  # the record
     "Run a configuration, or finish a run that was stopped."
-    if journal and (done := journal.record()): return done
-    with journal.claim() if journal else nullcontext():
-        if journal and (done := journal.record()):
+    if journal is None: return compute(config, data, None, device, workers, progress)
+    journal.tidy()
+    if done := journal.record(): return done
+    with journal.claim():
+        if done := journal.record():
             journal.discard()
             return done
+        try: return compute(config, data, journal, device, workers, progress)
+        except Damaged as why: print(f'{why}; the run starts again from its beginning', flush=True)
+        journal.start_over()
         return compute(config, data, journal, device, workers, progress)

@@ -88,7 +88,8 @@ def corrupt_all(
     cache: bool,  # keep the images in the cache folder
 ) -> dict[str, dict[str, dict[str, float]]]:  # model -> corruption -> severity -> accuracy in percent
     "Accuracies under corruption; the workers share the cases."
-    data, tables = as_vision(pool.task, 'stress').data, {name: dict[str, dict[str, float]]() for name in states}
+    data = as_vision(pool.task, 'stress').data
+    tables = {name: dict[str, dict[str, float]]() for name in states}
     y = data.test_y[chosen_images(data, images).to(pool.device)]  # [n]
 
     def part(case: tuple[str, int]) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import RunConfig, run_id
-from ..core.journal import packed, write_atomic
+from ..core.journal import Damaged, sealed, unseal, write_atomic
 from ..core.streams import torch_rng
 from ..data.images import Dataset, cache_folder, stratified_indices
 from .pool import evaluate, task_of
@@ -51,7 +51,8 @@ def after_fedavg(
     run = open_run(replace(config, warm_start='none'), data, device, workers)
     try:
         for round in range(rounds): run_round(run, round)
-        accuracy = evaluate(run.pool, run.server.state, torch.arange(len(run.pool.task.test_targets)))['accuracy']
+        everything = torch.arange(len(run.pool.task.test_targets))
+        accuracy = evaluate(run.pool, run.server.state, everything)['accuracy']
     finally: run.pool.close()
     total = run.meter.total
     cost = dict(start=config.warm_start, accuracy=accuracy, bytes_down=total['down'], bytes_up=total['up'])
@@ -103,7 +104,8 @@ def after_public(
     try:
         task = run.pool.task
         index = torch.from_numpy(public_half(task.true_labels.cpu())[0])
-        train_centrally(run.pool.replica, task, index, config, epochs)
+        with run.pool.replica.layers(0, 2**31 - 1):  # a number that no client has
+            train_centrally(run.pool.replica, task, index, config, epochs)
         state = {n: t.detach().cpu().contiguous().clone() for n, t in run.pool.replica.state.items()}
         accuracy = evaluate(run.pool, state, torch.arange(len(run.pool.task.test_targets)))['accuracy']
     finally: run.pool.close()
@@ -112,12 +114,18 @@ def after_public(
 # %% ../../nbs/federation/12b_warmstart.ipynb #33de2354
 def cached(
     path: Path,  # in the cache
+    owner: str,  # the id of the work, which the file must name
     make: Callable[[], dict[str, Any]],  # computes what is not there
 ) -> dict[str, Any]:
-    "What was computed before, or is now."
-    if not path.exists(): write_atomic(path, packed(make()))
-    found: dict[str, Any] = torch.load(path, weights_only=True)
-    return found
+    "What was computed before, or is now; a damaged file is put aside and computed again."
+    if path.exists():
+        try:
+            found: dict[str, Any] = unseal(path, owner)
+            return found
+        except Damaged as why: print(f'{why}; computed again', flush=True)
+    made = make()
+    write_atomic(path, sealed(made, owner))
+    return made
 
 # %% ../../nbs/federation/12b_warmstart.ipynb #64592f4e
 def starting_point(
@@ -133,7 +141,8 @@ def starting_point(
     if kind == 'none': return scratch
 
     before, make = start_config(config), after_fedavg if kind == 'fedavg' else after_public
-    path = cache_folder() / 'starts' / f'{run_id(before, data.fingerprint)}.pt'
-    found = cached(path, lambda: make(before, data, device, workers, int(number)))
+    id = run_id(before, data.fingerprint)
+    path = cache_folder() / 'starts' / f'{id}.pt'
+    found = cached(path, id, lambda: make(before, data, device, workers, int(number)))
     private = scratch.private if kind == 'fedavg' else public_half(labels)[1]
     return Start(private, scratch.images, found['state'], found['cost'])

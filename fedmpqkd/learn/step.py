@@ -54,7 +54,9 @@ def gradient_norm(
     logits: Tensor,  # that it was made from
 ) -> Tensor:  # 0-dim
     "Length of a loss's gradient with respect to the logits."
-    return torch.linalg.vector_norm(torch.autograd.grad(loss, logits, retain_graph=True)[0])
+    gradient, = torch.autograd.grad(loss, logits, retain_graph=True)
+    length: Tensor = torch.linalg.vector_norm(gradient)
+    return length
 
 def teacher_logits(
     train_state: TrainState,  # with a teacher

@@ -23,8 +23,9 @@ from papermill.inspection import _infer_parameters
 # %% ../../nbs/tools/80_papermill.ipynb #0a41d127
 _TWO = {'-p', '--parameters', '-r', '--parameters_raw'}
 _FILES = {'-f', '--parameters_file', '-y', '--parameters_yaml', '-b', '--parameters_base64'}
-_ONE = _FILES | {'--engine', '--autosave-cell-every', '-k', '--kernel', '-l', '--language', '--cwd', '--stdout-file',
-                 '--stderr-file', '--log-level', '--start-timeout', '--start_timeout', '--execution-timeout'}
+_ONE = _FILES | {
+    '--engine', '--autosave-cell-every', '-k', '--kernel', '-l', '--language', '--cwd', '--stdout-file',
+    '--stderr-file', '--log-level', '--start-timeout', '--start_timeout', '--execution-timeout'}
 _NO_RUN = {'-h', '--help', '--version', '--help-notebook'}  # nothing is executed, so nothing needs a name
 
 # %% ../../nbs/tools/80_papermill.ipynb #b4a49db0
@@ -52,7 +53,8 @@ def safe_name(
 ) -> str:  # the same text where it can stand in a file name, else a tidied text and a short hash
     "Make a text fit to be part of a file name."
     safe = re.sub(r'[^A-Za-z0-9_.,=+-]+', '-', text)[:limit]
-    return safe if safe == text else f'{safe}~{hashlib.sha256(text.encode()).hexdigest()[:6]}'
+    if safe == text: return text
+    return f'{safe}~{hashlib.sha256(text.encode()).hexdigest()[:6]}'
 
 # %% ../../nbs/tools/80_papermill.ipynb #cba6e8f8
 def with_output(
@@ -67,11 +69,12 @@ def with_output(
     i = paths[0]
     source = argv[i]
     if source == '-' or (stdin_is_pipe and not Path(source).is_file()): return argv
-    output = '-' if stdout_is_file else f'{folder}/{safe_name("_".join([Path(source).stem, *given]))}.ipynb'
+    name = safe_name('_'.join([Path(source).stem, *given]))
+    output = '-' if stdout_is_file else f'{folder}/{name}.ipynb'
     return [*argv[:i + 1], output, *argv[i + 1:]]
 
 # %% ../../nbs/tools/80_papermill.ipynb #521aad85
-class UnknownParameter(PapermillException, click.ClickException):
+class UnknownParameter(PapermillException, click.ClickException):  # type: ignore[misc]  # it is untyped
     "A parameter was passed which the notebook does not declare."
 
 # %% ../../nbs/tools/80_papermill.ipynb #07ab401b
@@ -84,12 +87,13 @@ def check_parameters(
     unknown = sorted(name for name in passed - declared if not name.startswith('PAPERMILL_'))
     if not unknown: return
     near = [m for name in unknown for m in difflib.get_close_matches(name, sorted(declared), n=1)]
+    guess = f' (did you mean {", ".join(near)}?)' if near else ''
     raise UnknownParameter(
-        f'unknown parameter {", ".join(unknown)}' + (f' (did you mean {", ".join(near)}?)' if near else '')
-        + f'; the notebook declares: {", ".join(sorted(declared)) or "none"}')
+        f'unknown parameter {", ".join(unknown)}{guess}; '
+        f'the notebook declares: {", ".join(sorted(declared)) or "none"}')
 
 # %% ../../nbs/tools/80_papermill.ipynb #8415aa75
-class StrictEngine(NBClientEngine):
+class StrictEngine(NBClientEngine):  # type: ignore[misc]  # it is untyped
     "papermill's own engine, which refuses a parameter that the notebook does not declare."
 
     @classmethod
@@ -100,7 +104,8 @@ class StrictEngine(NBClientEngine):
         **kwargs: Any,  # everything else that papermill passes on
     ) -> Any:  # the executed notebook
         "Check the parameters, then run as usual."
-        check_parameters({p.name for p in _infer_parameters(nb)}, set(nb.metadata.papermill.get('parameters', {})))
+        declared = {p.name for p in _infer_parameters(nb)}
+        check_parameters(declared, set(nb.metadata.papermill.get('parameters', {})))
         return super().execute_notebook(nb, kernel_name, **kwargs)
 
 # %% ../../nbs/tools/80_papermill.ipynb #8c5f6065
@@ -109,7 +114,7 @@ def is_papermill(
     orig_argv: list[str],  # `sys.orig_argv`: what the interpreter was given, its own options included
 ) -> bool:  # is the papermill command starting?
     "Recognise the papermill command by the name of the program."
-    if argv[:1] == ['-m']: return orig_argv[-len(argv)] == 'papermill'
+    if argv[:1] == ['-m']: return orig_argv[-len(argv)] == 'papermill'  # python -m papermill
     return bool(argv) and Path(argv[0]).stem == 'papermill'
 
 # %% ../../nbs/tools/80_papermill.ipynb #a67e07c5
@@ -126,5 +131,6 @@ if is_papermill(sys.argv, sys.orig_argv):
     papermill_engines.register(None, StrictEngine)
     _to_file = _descriptor_is(1, stat.S_IFREG)
     _completed = with_output(sys.argv, _to_file, _descriptor_is(0, stat.S_IFIFO))
-    if len(_completed) > len(sys.argv) and not _to_file: Path('runs').mkdir(exist_ok=True)
+    if len(_completed) > len(sys.argv) and not _to_file:
+        Path('runs').mkdir(exist_ok=True)
     sys.argv[:] = _completed

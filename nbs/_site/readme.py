@@ -3,8 +3,9 @@
     python nbs/_site/readme.py            # write it
     python nbs/_site/readme.py --check    # exit 1 and show the difference if it is not current
 
-Cells marked `#| hide` and directive lines are left out, and so is the code (not the output) of `#| echo: false`.
-What a cell shows follows it as Markdown or plain text. Links that hold in nbs/ are made to hold from the root.
+Cells marked `#| hide` and directive lines are left out, and so is the code (not the output) of a cell
+with `#| echo: false`. What a cell shows follows it as Markdown or plain text. Links that are relative to
+nbs/ are made relative to the root.
 """
 import difflib
 import re
@@ -24,8 +25,8 @@ NOTE = "<!-- Written from nbs/index.ipynb by nbs/_site/readme.py: edit the noteb
 
 def pages() -> list[Path]:
     "Every notebook of the project, in all wings, sorted by its page number."
-    found = [p for p in (ROOT / "nbs").rglob("[!_.]*.ipynb") if not any(part[0] in "._" for part in p.relative_to(ROOT).parts)]
-    return sorted(found, key=lambda p: p.name)
+    def hidden(path: Path) -> bool: return any(part[0] in "._" for part in path.relative_to(ROOT).parts)
+    return sorted((p for p in (ROOT / "nbs").rglob("*.ipynb") if not hidden(p)), key=lambda p: p.name)
 
 
 def from_root(text: str) -> str:
@@ -51,7 +52,8 @@ def code_cell(cell: NotebookNode) -> NotebookNode | None:
     if any(re.match(r"(hide|default_exp)\b", d) for d in directives): return None
     cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
     cell.outputs = [shown(o) for o in cell.outputs if o.output_type != "error" and o.get("name") != "stderr"]
-    if any(re.match(r"echo:\s*false", d) for d in directives): cell.metadata["tags"] = ["no-input"]
+    if any(re.match(r"echo:\s*false", d) for d in directives):
+        cell.metadata["tags"] = ["no-input"]
     return cell if cell.source else None
 
 
@@ -69,20 +71,26 @@ def page(nb: NotebookNode) -> NotebookNode:
 
 def readme(index: Path) -> str:
     "The README's text."
-    exporter = MarkdownExporter(config=Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": {"no-input"}}))
+    tags = {"enabled": True, "remove_input_tags": {"no-input"}}
+    exporter = MarkdownExporter(config=Config(TagRemovePreprocessor=tags))
     text, _ = exporter.from_notebook_node(page(nbformat.read(index, 4)))
     text = "\n".join(line.rstrip() for line in text.splitlines())
     return NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def main(args: list[str], index: Path = ROOT / "nbs" / "index.ipynb", target: Path = ROOT / "README.md") -> int:
+def main(
+    args: list[str],  # of the command
+    index: Path = ROOT / "nbs" / "index.ipynb",  # read
+    target: Path = ROOT / "README.md",  # written, or compared
+) -> int:  # exit code
     "Write the README, or with --check show how it differs."
     new = readme(index)
     if "--check" not in args:
         target.write_text(new, encoding="utf-8")
         return 0
     old = target.read_text(encoding="utf-8") if target.exists() else ""
-    for line in difflib.unified_diff(old.splitlines(), new.splitlines(), target.name, index.name, lineterm=""): print(line)
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), target.name, index.name, lineterm="")
+    for line in lines: print(line)
     return int(old != new)
 
 

@@ -3,15 +3,15 @@
     python nbs/_site/refresh.py                               # every page whose name begins with a digit
     python nbs/_site/refresh.py nbs/quant/05_quantize.ipynb   # these pages
 
-Widgets are dropped from what is kept: their ids change at every run, and without a running kernel they show nothing.
-A second run of the same pages changes no byte.
+Widgets are dropped from what is kept: their ids change at every run, and without a running kernel they
+show nothing. A second run of the same pages changes no byte.
 """
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the kernel inherits it: sums come out in the same order on every machine
+os.environ["OMP_NUM_THREADS"] = "1"  # the kernel inherits it: sums in the same order, however many cores
 os.environ.pop("MPLBACKEND", None)  # the pages keep their figures
 os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
 
@@ -40,21 +40,25 @@ def without_widgets(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def refresh(path: Path) -> None:
     "Execute one notebook in its own folder and write it back; a failing notebook is left as it was."
     nb = nbformat.read(path, 4)
-    NotebookClient(nb, coalesce_streams=True, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    where = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(nb, coalesce_streams=True, timeout=600, kernel_name="python3", resources=where).execute()
     nbformat.write(without_widgets(nb), path)
     clean = Path(sys.executable).with_name("nbdev_clean")
-    subprocess.run([clean, "--fname", path], cwd=path.parent, check=True)  # counts, timestamps, kernel versions
+    # execution counts, timestamps, kernel versions
+    subprocess.run([clean, "--fname", path], cwd=path.parent, check=True)
 
 
 def main(names: list[str]) -> int:
     "Refresh the named pages, or all; say which failed."
     failed = []
     for path in [Path(n).resolve() for n in names] or component_pages():
-        try: refresh(path)
+        try:
+            refresh(path)
         except Exception as e:
             failed.append(path.name)
             print(f"{path.name} failed:\n{e}", file=sys.stderr)
-        else: print(path.name)
+        else:
+            print(path.name)
     if failed: print("failed:", *failed, file=sys.stderr)
     return bool(failed)
 

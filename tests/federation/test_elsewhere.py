@@ -1,8 +1,8 @@
 """Whole runs on a pretended device.
 
-PyTorch's `meta` device has shapes but no numbers, and a mode says what a GPU would: tensors of host and device never meet
-in one operator, a number that Python asks for is counted as a wait, and a step that is being recorded uses nothing of the host.
-It says nothing about momentum_buffer or about the kernels' arithmetic.
+PyTorch's `meta` device has shapes but no numbers, and a mode says what a GPU would: tensors of host and
+device never meet in one operator, a number that Python asks for is counted as a wait, and a step that is
+being recorded uses nothing of the host. It says nothing about speed or about the kernels' arithmetic.
 """
 import os
 from collections.abc import Callable, Iterator
@@ -20,12 +20,15 @@ from fedmpqkd.federation import run as run_module
 from fedmpqkd.federation.methods import RECIPES, make_config
 from fedmpqkd.learn import client, graphs
 
-FIELDS = dict(model='resnet8', clients=2, rounds=2, partition='iid', lr=0.1, batch_size=16, alpha=0.5, temperature=2.0,
-              kd_warmup_rounds=0)
+FIELDS = dict(model='resnet8', clients=2, rounds=2, partition='iid', lr=0.1, batch_size=16, alpha=0.5,
+              temperature=2.0, kd_warmup_rounds=0)
 SHARED = dict(public_images=20)  # what some recipes cannot do without
 EXTRA = {'fedkd': SHARED, 'fedmd': SHARED, 'feddf': SHARED}
-DISTINCT = ['fedprox', 'uveqfed', 'fedpq', 'aqfl', 'fedkd', 'fedmd', 'feddf', 'fedmpq-official', 'fedmpq-kd', 'fedmpq-kd-co', 'fedmpq-kd-batch', 'fedmpq-kd-ema',
-            'fedmpq-kd-ratio', 'fedmpq-kd-q8', 'fedmpq-kd-sr', 'fedmpq-kd-moshpit']  # a choice, for its time; FEDMPQKD_SLOW=1 plays every recipe
+# a choice, for its time; FEDMPQKD_SLOW=1 plays every recipe
+DISTINCT = ['fedprox', 'uveqfed', 'fedpq', 'aqfl', 'fedkd', 'fedmd', 'feddf', 'fedmpq-official',
+            *('fedmpq-kd' + end for end in ('', '-co', '-batch', '-ema', '-ratio', '-q8', '-sr', '-moshpit'))]
+RARER = [dict(stress='all'), dict(label_noise=0.2), dict(validation=0.2, act_bits=4),
+         dict(warm_start='fedavg:1')]
 aten = torch.ops.aten
 
 
@@ -38,15 +41,19 @@ class Elsewhere(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if self.recording and any(not t.is_meta for t in tensors): raise AssertionError(f'{func} uses memory of the host while recording')
-        if func is aten._local_scalar_dense.default and tensors[0].is_meta: return self.wait(tensors[0].dtype != torch.bool)
+        if self.recording and any(not t.is_meta for t in tensors):
+            raise AssertionError(f'{func} uses memory of the host while recording')
+        if func is aten._local_scalar_dense.default and tensors[0].is_meta:
+            return self.wait(tensors[0].dtype != torch.bool)
         if func is aten._to_copy.default:
             home = kwargs.get('device') is not None and torch.device(kwargs['device']).type == 'cpu'
-            if tensors[0].is_meta and home: return self.wait(torch.zeros(tensors[0].shape, dtype=kwargs.get('dtype') or tensors[0].dtype))
+            if tensors[0].is_meta and home:
+                return self.wait(torch.zeros(tensors[0].shape, dtype=kwargs.get('dtype') or tensors[0].dtype))
         elif func is aten.copy_.default:
             if tensors[1].is_meta and not tensors[0].is_meta: return self.wait(tensors[0].zero_())
         elif func is not aten._foreach_copy_.default and len({t.is_meta for t in tensors if t.dim()}) > 1:
-            raise AssertionError(f'{func}: host and device meet: {[(t.device.type, *t.shape) for t in tensors]}')
+            places = [(t.device.type, *t.shape) for t in tensors]
+            raise AssertionError(f'{func}: host and device meet: {places}')
         return func(*args, **kwargs)
 
     def wait(self, value: Any) -> Any:
@@ -79,7 +86,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Elsewhere:
 def waits(device: Elsewhere, method: str, **fields: Any) -> int:
     "How often a run on the device waits for a number."
     before, data = device.waits, load_dataset('digits').subset(train=50, test=20)
-    with device: record = run_module.run(make_config(method, **FIELDS | EXTRA.get(method, {}) | fields), data, device='meta')
+    config = make_config(method, **FIELDS | EXTRA.get(method, {}) | fields)
+    with device: record = run_module.run(config, data, device='meta')
     assert len(record['curve']) == FIELDS['rounds']
     return device.waits - before
 
@@ -89,7 +97,7 @@ def waits(device: Elsewhere, method: str, **fields: Any) -> int:
 def test_a_run_keeps_host_and_device_apart(device, method): assert waits(device, method)
 
 
-@pytest.mark.parametrize('fields', [dict(stress='all'), dict(label_noise=0.2), dict(validation=0.2, act_bits=4), dict(warm_start='fedavg:1')], ids=str)
+@pytest.mark.parametrize('fields', RARER, ids=str)
 @pytest.mark.filterwarnings('ignore:.*no-op')
 def test_so_do_the_rarer_fields(device, fields): assert waits(device, 'fedmpq-kd', **fields)
 

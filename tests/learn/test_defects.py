@@ -1,4 +1,4 @@
-"One test per defect of the reference code: what it does wrong, in a few lines of our own, and that this package does not."
+"One test per defect of the reference code: what it does wrong, in a few lines, and what is right."
 import copy
 from types import SimpleNamespace
 
@@ -50,8 +50,15 @@ def world():
     data = from_tensors('noise', x[:48], y[:48], x[48:], y[48:], flip=False)
     replica = Replica(RunConfig(model='resnet8'), image_task(10))
     state = {n: t.clone().contiguous() for n, t in replica.state.items()}
-    return SimpleNamespace(replica=replica, data=data, resident=VisionTask(data), manifest=manifest_of(replica.layout),
-                           state=state, x=torch.randn(16, 3, 32, 32, generator=g), y=torch.arange(16) % 10)
+    x = torch.randn(16, 3, 32, 32, generator=g)
+    return SimpleNamespace(replica=replica, data=data, resident=VisionTask(data),
+                           manifest=manifest_of(replica.layout), state=state, x=x, y=torch.arange(16) % 10)
+
+
+def sent(world: SimpleNamespace, bits: int, state: dict[str, torch.Tensor] | None = None) -> bytes:
+    "A downlink with so many bits a weight."
+    entries = downlink_entries(state or world.state, world.replica.layout, [bits] * 8)
+    return encode(Message(0, 0, 0, 0, entries), world.manifest)
 
 
 class Listener(Rule):
@@ -65,13 +72,15 @@ class Stopped:
     def step(self): self.heard = [p.grad.clone() for p in self.parameters]
 
 
-# --- 1 ----------------------------------------------------------------------------------------------------------------
+# --- 1 ------------------------------------------------------------------------------------------------------
 
-def hidden_gamma(bits: int, seed: int, restore_first: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def hidden_gamma(bits: int, seed: int, restore_first: bool) -> tuple[torch.Tensor, ...]:
     "Gradients of a hidden gamma and of the last layer, and the logits."
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1),
-                        nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
     x, y = torch.randn(32, 3, 12, 12), torch.randint(0, 10, (32,))
     weights = [m.weight for m in net if m.__class__ in (nn.Conv2d, nn.Linear)]
     full = [w.detach().clone() for w in weights]
@@ -85,12 +94,14 @@ def hidden_gamma(bits: int, seed: int, restore_first: bool) -> tuple[torch.Tenso
 
 def test_defect_01_weights_restored_before_the_backward_pass(world):
     """Forward with Q(w), restore w, backward: the gradients are those of a network that was never run.
-    How far off depends on the network: cosines of .99 (4 bits) and .62 (2 bits) have been measured, here .996 and .92."""
+    How far off depends on the network: cosines of .99 (4 bits) and .62 (2 bits) have been measured,
+    here .996 and .92."""
     found = {}
     for bits in (4, 2):
         pairs = [(hidden_gamma(bits, s, True), hidden_gamma(bits, s, False)) for s in range(5)]
         for wrong, right in pairs:
-            assert torch.equal(wrong[2], right[2]) and torch.equal(wrong[1], right[1])  # same logits, same last layer
+            assert torch.equal(wrong[2], right[2])  # the logits
+            assert torch.equal(wrong[1], right[1])  # the last layer's gradient
         found[bits] = sum(cosine(wrong[0], right[0]) for wrong, right in pairs) / 5
     assert .95 < found[4] < .9999 and found[2] < .97 and 1 - found[2] > 5 * (1 - found[4]), found
 
@@ -105,16 +116,17 @@ def test_defect_01_weights_restored_before_the_backward_pass(world):
         # the same by explicit straight-through estimation in a fresh graph
         model = copy.deepcopy(net.model).train()
         leaves = {n: w[n].clone().requires_grad_(True) for n in (*net.layout.quantized, *net.layout.others)}
-        shown = {n: fake_quantize(leaves[n], bits) if n in net.layout.quantized else leaves[n] for n in leaves}
+        shown = leaves | {n: fake_quantize(leaves[n], bits) for n in net.layout.quantized}
         for n, t in shown.items():  # the replica's memory layout, so that the same kernels run
             if t.dim() == 4: shown[n] = t.contiguous(memory_format=torch.channels_last)
         F.cross_entropy(functional_call(model, shown, (world.x,)), world.y).backward()
-        for name, g in zip((*net.layout.quantized, *net.layout.others), (*rule.heard, *told.heard), strict=True):
+        names = (*net.layout.quantized, *net.layout.others)
+        for name, g in zip(names, (*rule.heard, *told.heard), strict=True):
             true = leaves[name].grad
             assert torch.allclose(g, true, rtol=1e-3, atol=1e-4 * true.abs().max().item()), name
 
 
-# --- 2 ----------------------------------------------------------------------------------------------------------------
+# --- 2 ------------------------------------------------------------------------------------------------------
 
 def test_defect_02_normalisation_and_biases_are_quantised(world):
     gamma = torch.tensor([.9, 1, 1.1, .02])
@@ -122,15 +134,16 @@ def test_defect_02_normalisation_and_biases_are_quantised(world):
     assert squeeze(gamma, 2).tolist() == pytest.approx([.72, 1.08, 1.08, 0], abs=1e-6)
 
     state = dict(world.state)
-    for name in ('bn1.weight', 'bn1.bias', 'fc.bias'): state[name] = gamma.repeat(4)[:len(state[name])].clone()
-    message = encode(Message(0, 0, 0, 0, downlink_entries(state, world.replica.layout, [2] * 8)), world.manifest)
-    arrived = decode(message, world.manifest).dense()
-    for name in (*world.replica.layout.others, *world.replica.layout.buffers): assert torch.equal(arrived[name], state[name])
+    for name in ('bn1.weight', 'bn1.bias', 'fc.bias'):
+        state[name] = gamma.repeat(4)[:len(state[name])].clone()
+    arrived = decode(sent(world, 2, state), world.manifest).dense()
+    for name in (*world.replica.layout.others, *world.replica.layout.buffers):
+        assert torch.equal(arrived[name], state[name])
     assert len(arrived['conv1.weight'].unique()) <= 7
     assert {state[n].dim() for n in world.replica.layout.quantized} == {2, 4}
 
 
-# --- 3 ----------------------------------------------------------------------------------------------------------------
+# --- 3 ------------------------------------------------------------------------------------------------------
 
 def test_defect_03_the_teacher_is_a_part_of_the_student(world):
     class Wrapper(nn.Module):
@@ -143,36 +156,41 @@ def test_defect_03_the_teacher_is_a_part_of_the_student(world):
     with torch.no_grad(): teacher(torch.randn(8, 2) + 3)
     assert teacher.training and teacher[1].running_mean.abs().sum() > 0  # it moved although nobody trained it
 
-    config = RunConfig(model='resnet8', update='signed-planes', alpha=.5, teacher='delivered', kd_warmup_rounds=0)
-    down = encode(Message(0, 0, 0, 0, downlink_entries(world.state, world.replica.layout, [4] * 8)), world.manifest)
-    train_state, _ = prepare(world.replica, config, ClientRound(0, 0, torch.arange(32)), [decode(down, world.manifest)], Clock())
+    config = RunConfig(model='resnet8', update='signed-planes', alpha=.5, teacher='delivered',
+                       kd_warmup_rounds=0)
+    work, down = ClientRound(0, 0, torch.arange(32)), decode(sent(world, 4), world.manifest)
+    train_state, _ = prepare(world.replica, config, work, [down], Clock())
     frozen = train_state.teacher.model
     before = {n: t.clone() for n, t in frozen.state_dict().items()}
     for _ in range(3): local_step(world.replica, train_state, world.x, world.y)
     assert world.replica.model.training and not any(m.training for m in frozen.modules())
     assert not {id(m) for m in frozen.modules()} & {id(m) for m in world.replica.model.modules()}
-    assert not {t.data_ptr() for t in frozen.state_dict().values()} & {t.data_ptr() for t in world.replica.state.values()}
+    memory = [{t.data_ptr() for t in s.values()} for s in (frozen.state_dict(), world.replica.state)]
+    assert not memory[0] & memory[1]
     for n, t in frozen.state_dict().items(): assert torch.equal(t, before[n]), n
 
 
-# --- 4 ----------------------------------------------------------------------------------------------------------------
+# --- 4 ------------------------------------------------------------------------------------------------------
 
 def test_defect_04_what_crosses_is_full_precision_and_uncounted(world):
     "An exchange of state dicts is neither quantised nor measured, whatever the forward pass rounds."
     exchanged = nn.Linear(64, 10).state_dict()
     assert len(exchanged['weight'].unique()) > 600  # not the 16 values that four bits can tell apart
 
-    config = RunConfig(model='resnet8', update='signed-planes', assignment='prune-grow', batch_size=16, lr=.05)
-    down = encode(Message(0, 0, 0, 0, downlink_entries(world.state, world.replica.layout, [4] * 8)), world.manifest)
-    result = local_round(world.replica, config, world.resident, ClientRound(0, 0, torch.arange(32)), [down], world.manifest)
-    up, full = decode(result.message, world.manifest), encode(Message(0, 0, 0, 0, world.state), world.manifest)
+    config = RunConfig(model='resnet8', update='signed-planes', assignment='prune-grow', batch_size=16,
+                       lr=.05)
+    down, work = sent(world, 4), ClientRound(0, 0, torch.arange(32))
+    result = local_round(world.replica, config, world.resident, work, [down], world.manifest)
+    up = decode(result.message, world.manifest)
+    full = encode(Message(0, 0, 0, 0, world.state), world.manifest)
     for data in (down, result.message):
         assert isinstance(data, bytes) and len(data) < len(full) / 4
-        for n in world.replica.layout.quantized: assert len(decode(data, world.manifest).dense()[n].unique()) <= 31
+        for n in world.replica.layout.quantized:
+            assert len(decode(data, world.manifest).dense()[n].unique()) <= 31
     assert not torch.equal(up.dense()['fc.weight'], decode(down, world.manifest).dense()['fc.weight'])
 
 
-# --- 7 ----------------------------------------------------------------------------------------------------------------
+# --- 7 ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def controls(world):
@@ -192,7 +210,7 @@ def test_defect_07_the_quantised_baseline_is_federated_averaging(world, controls
     with pytest.raises(ValueError, match=r'bits.*\[1, 8\]'): make_config('qat-uniform', bits=32)
 
 
-# --- 12 ---------------------------------------------------------------------------------------------------------------
+# --- 12 -----------------------------------------------------------------------------------------------------
 
 def test_defect_12_mobilenet_keeps_the_strides_of_imagenet():
     import timm
@@ -206,7 +224,7 @@ def test_defect_12_mobilenet_keeps_the_strides_of_imagenet():
     assert quantized_names(theirs) == list(layout(theirs).quantized)
 
 
-# --- 18 ---------------------------------------------------------------------------------------------------------------
+# --- 18 -----------------------------------------------------------------------------------------------------
 
 def test_defect_18_a_lost_round_shortens_the_area(world):
     accuracies, shortened = [10.0, 50.0, None, 80.0], []
@@ -220,11 +238,12 @@ def test_defect_18_a_lost_round_shortens_the_area(world):
     assert [line['round'] for line in lost['curve']] == [1, 2, 3]
     assert [line['arrived'] for line in lost['curve']] == [0, 0, 0]
     first = lost['curve'][0]['accuracy']
-    assert [line['accuracy'] for line in lost['curve']] == [first] * 3  # nothing changed, and the point stands
+    # nothing changed, and the point stands
+    assert [line['accuracy'] for line in lost['curve']] == [first] * 3
     assert lost['summary']['auc']['sum'] == pytest.approx(3 * first)
 
 
-# --- 21 ---------------------------------------------------------------------------------------------------------------
+# --- 21 -----------------------------------------------------------------------------------------------------
 
 def test_defect_21_the_formula_and_the_code_have_opposite_directions():
     student, teacher = torch.tensor([[2.0, 0, -1]]), torch.tensor([[1.0, 1, 0]])
@@ -239,7 +258,7 @@ def test_defect_21_the_formula_and_the_code_have_opposite_directions():
     with pytest.raises(ValueError, match='forward, reverse'): RunConfig(kd_loss='kl')
 
 
-# --- 23 ---------------------------------------------------------------------------------------------------------------
+# --- 23 -----------------------------------------------------------------------------------------------------
 
 def test_defect_23_a_counter_is_averaged_as_a_float(world, controls):
     counter = 'bn.num_batches_tracked'

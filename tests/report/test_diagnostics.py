@@ -1,4 +1,4 @@
-"Diagnostics: closed forms on linear models and quadratics, automatic differentiation, and agreement with the round itself."
+"Diagnostics: closed forms, automatic differentiation, and agreement with the round itself."
 import copy
 import json
 import math
@@ -41,8 +41,10 @@ class Counted(nn.Linear):
 
 
 register_model('linear for diagnostics', lambda classes: nn.Sequential(nn.Flatten(), Counted(3072, classes)))
-register_model('tiny for diagnostics', lambda classes: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Counted(3, classes)))
-register_model('norm for diagnostics', lambda classes: nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3072, classes)))
+register_model('tiny for diagnostics',
+               lambda classes: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Counted(3, classes)))
+register_model('norm for diagnostics',
+               lambda classes: nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3072, classes)))
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +66,8 @@ def place(config, data, n=64, round=1, client=0):
 
 def linear(method='fedmpq-kd', **fields):
     "A linear classifier: every gradient is known in closed form."
-    return make_config(method, **dict(model='linear for diagnostics', clients=1, rounds=3, batch_size=32, lr=0.01) | fields)
+    return make_config(method, **dict(model='linear for diagnostics', clients=1, rounds=3, batch_size=32,
+                                      lr=0.01) | fields)
 
 
 def softmax(z):
@@ -83,7 +86,8 @@ def inputs(arguments, number):
 
 # ---- the replay is the round
 
-@pytest.mark.parametrize('fields', [dict(update=u) for u in ('signed-planes', 'latent', 'int-sr', 'official')] + [
+@pytest.mark.parametrize('fields', [dict(update=u) for u in ('signed-planes', 'latent', 'int-sr', 'official')]
+                         + [
     dict(local_epochs=2, teacher_refresh=0), dict(local_epochs=2, teacher_frozen=False)], ids=str)
 def test_replay_ends_where_the_round_ends(data, fields):
     config = replace(linear(bits=3, alpha=5.0, lambda_b=1.0), **fields)
@@ -91,16 +95,19 @@ def test_replay_ends_where_the_round_ends(data, fields):
     *_, (train_state, _, _) = D.replay(*arguments)
     ours = train_state.rule.finish()[0]
     replica, _, images, work, down = place(config, data)[0]
-    theirs = decode(local_round(replica, replace(config, assignment='uniform'), images, work, down, server.manifest).message,
+    theirs = decode(local_round(replica, replace(config, assignment='uniform'), images, work, down,
+                                server.manifest).message,
                     server.manifest).entries['1.weight']
-    assert torch.equal(ours.levels, theirs.levels) and torch.equal(ours.sign * (ours.levels > 0), theirs.sign * (theirs.levels > 0))
+    assert torch.equal(ours.levels, theirs.levels)
+    assert torch.equal(ours.sign * (ours.levels > 0), theirs.sign * (theirs.levels > 0))
     assert ours.scale == pytest.approx(theirs.scale, rel=1e-6)
 
 
 def test_replay_counts_steps_and_refuses_an_empty_client(data):
     arguments, _ = place(linear(alpha=0.5), data, n=70)
     assert [len(x) for _, x, _ in D.replay(*arguments)] == [32, 32, 6]
-    with pytest.raises(ValueError, match='client 0 has no images'): next(D.replay(*place(linear(alpha=0.5), data, n=0)[0]))
+    with pytest.raises(ValueError, match='client 0 has no images'):
+        next(D.replay(*place(linear(alpha=0.5), data, n=0)[0]))
 
 
 # ---- gradients of the losses
@@ -127,12 +134,13 @@ def test_distillation_gradient_is_zero_where_student_equals_teacher(data):
     ce, kd = D.loss_gradients(arguments[0], train_state, x, y, arguments[0].weights)
     assert float(kd[0].norm()) < 1e-5 * float(ce[0].norm())
     report = D.gradient_report(*arguments, steps=2)
-    assert report.kd[0] < 1e-5 < report.kd[1] and report.layer.tolist() == ['1.weight'] * 2 and report.step.tolist() == [1, 2]
+    assert report.kd[0] < 1e-5 < report.kd[1] and report.layer.tolist() == ['1.weight'] * 2
+    assert report.step.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize('fields', [dict(teacher_frozen=False), dict(alpha_schedule='grad-ratio')], ids=str)
 def test_looking_changes_nothing(data, fields):
-    "Teachers that learn, and weights that adapt, are the same at the end whether or not somebody measured in between."
+    "Teachers that learn, and weights that adapt, end up the same, measured in between or not."
     config, ends = replace(linear(bits=6, alpha=1.0), **fields), []
     for look in (False, True):
         arguments, _ = place(config, data, n=96)
@@ -144,7 +152,8 @@ def test_looking_changes_nothing(data, fields):
 
 def test_without_a_teacher_the_term_is_zero(data):
     report = D.gradient_report(*place(linear('fedmpq', bits=4), data)[0], steps=1)
-    assert report.kd[0] == 0 and report.ce[0] > 0 and math.isnan(report['ce.kd'][0]) and not math.isnan(report['ce.lasso'][0])
+    assert report.kd[0] == 0 and report.ce[0] > 0 and math.isnan(report['ce.kd'][0])
+    assert not math.isnan(report['ce.lasso'][0])
 
 
 def test_full_precision_has_no_regulariser(data):
@@ -166,13 +175,15 @@ def test_lasso_gradient_is_that_of_group_lasso(bits):
     torch.testing.assert_close(D.lasso_gradient(rule.layers[0], config), want, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize('fields', [dict(), dict(bit_lr='plain'), dict(bit_lr='plain', scale_update='fixed'), dict(scale_update='fixed')])
+@pytest.mark.parametrize('fields', [dict(), dict(bit_lr='plain'), dict(bit_lr='plain', scale_update='fixed'),
+                                    dict(scale_update='fixed')])
 @pytest.mark.parametrize('bits', [1, 3, 8])
 def test_a_step_of_the_planes_is_gain_times_gradient_plus_lasso(fields, bits):
     g = torch.Generator().manual_seed(bits)
     config = RunConfig(update='signed-planes', lambda_b=0.5, lr=1e-3, momentum=0.0, **fields)
     shown = [torch.zeros(50)]
-    layer = (rule := RULES['signed-planes'](config, [quantize(torch.randn(50, generator=g), bits)], shown)).layers[0]
+    rule = RULES['signed-planes'](config, [quantize(torch.randn(50, generator=g), bits)], shown)
+    layer = rule.layers[0]
     gradient, before = torch.randn(50, generator=g), layer.value.clone()
     want = D.step_gain(layer, config) * gradient + D.lasso_gradient(layer, config)
     rule.receive([gradient])
@@ -181,7 +192,8 @@ def test_a_step_of_the_planes_is_gain_times_gradient_plus_lasso(fields, bits):
 
 def test_latent_weights_get_gradient_plus_hinge():
     config = RunConfig(update='latent', lambda_b=2.0)
-    layer = (rule := RULES['latent'](config, [quantize(torch.randn(50, generator=torch.Generator().manual_seed(1)), 3)], [torch.zeros(50)])).layers[0]
+    w = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    layer = (rule := RULES['latent'](config, [quantize(w, 3)], [torch.zeros(50)])).layers[0]
     gradient = torch.randn(50, generator=torch.Generator().manual_seed(2))
     lasso_grad = D.lasso_gradient(layer, config)
     rule.receive([gradient])
@@ -207,15 +219,18 @@ def test_a_layer_without_bits_is_not_pulled():
 
 
 def test_lengths_and_angles_by_hand():
-    found = D.lengths_and_angles(dict(a=torch.tensor([3.0, 4.0]), b=torch.tensor([[0.0], [2.0]]), c=torch.zeros(2)))
+    found = D.lengths_and_angles(dict(a=torch.tensor([3.0, 4.0]), b=torch.tensor([[0.0], [2.0]]),
+                                      c=torch.zeros(2)))
     assert (found['a'], found['b'], found['c'], found['a.b']) == (5, 2, 0, pytest.approx(0.8))
     assert math.isnan(found['a.c']) and math.isnan(found['b.c'])
 
 
 def test_report_in_the_units_of_plain_planes(data):
-    reports = [D.gradient_report(*place(linear(alpha=0.5, bits=4, bit_lr=r), data)[0], steps=1) for r in ('precond', 'plain')]
+    reports = [D.gradient_report(*place(linear(alpha=0.5, bits=4, bit_lr=r), data)[0], steps=1)
+               for r in ('precond', 'plain')]
     scale = float(place(linear('fedmpq', bits=4), data)[1].state['1.weight'].abs().max())
-    for term in ('ce', 'kd'): assert reports[1][term][0] / reports[0][term][0] == pytest.approx(scale**2 * 17 / 45, rel=1e-5)
+    for term in ('ce', 'kd'):
+        assert reports[1][term][0] / reports[0][term][0] == pytest.approx(scale**2 * 17 / 45, rel=1e-5)
     assert reports[1].lasso[0] == pytest.approx(reports[0].lasso[0], rel=1e-5)
 
 
@@ -236,7 +251,8 @@ def test_level_changes_agree_with_the_log_of_the_round(data, update):
 
 @pytest.mark.parametrize('factor, moves', [(0.33, [0, 0]), (0.36, [0, 1]), (0.98, [0, 1]), (1.02, [1, 1])])
 def test_the_lasso_moves_one_bit_weights_beyond_a_threshold(data, factor, moves):
-    """With N = 1 and m ones the plane has length sqrt(m), and every one falls to level 0 once it is shorter by more than half.
+    """With N = 1 and m ones the plane has length sqrt(m), and every one falls to level 0 once it is
+    shorter by more than half.
     The first step shortens it by lr * lambda, both together, with momentum .9, by 2.9 times as much."""
     weight = place(linear('fedmpq', bits=1), data)[1].state['1.weight']
     ones = int((weight.abs() / weight.abs().max() > 0.5).sum())
@@ -253,8 +269,10 @@ def test_levels_that_change_are_weights_that_change(data):
     shown.append(arguments[0].weights[0].detach().clone())
     found = D.level_changes(*place(config, data, n=96)[0])
     assert len(found) == 3 and found.moved[1] != found.since_start[1]
-    assert found.moved.tolist() == pytest.approx([float((a != b).float().mean()) for a, b in zip(shown, shown[1:], strict=False)])
-    assert found.since_start.tolist() == pytest.approx([float((shown[0] != b).float().mean()) for b in shown[1:]])
+    assert found.moved.tolist() == pytest.approx([float((a != b).float().mean())
+                                                  for a, b in zip(shown, shown[1:], strict=False)])
+    assert found.since_start.tolist() == pytest.approx([float((shown[0] != b).float().mean())
+                                                        for b in shown[1:]])
 
 
 def test_without_learning_nothing_changes_level(data):
@@ -266,11 +284,15 @@ def test_without_learning_nothing_changes_level(data):
 # ---- FedProx at matched strength
 
 def test_matched_prox_in_closed_form(data):
-    "Two steps of a full-precision student that starts as its teacher: the first KD gradient is zero, and so is the first distance."
+    "Two steps of a full-precision student starting as its teacher: first KD gradient and distance are zero."
     config = linear('fedavg-kd', model='tiny for diagnostics', alpha=0.5, temperature=2.0, lr=0.2)
     arguments, server = place(config, data)
     w, b = (server.state[f'2.{n}'].double().numpy() for n in ('weight', 'bias'))
-    pooled = lambda number: (inputs(arguments, number)[0].reshape(32, 3, -1).mean(2), inputs(arguments, number)[1])
+
+    def pooled(number):
+        x, y = inputs(arguments, number)
+        return x.reshape(32, 3, -1).mean(2), y
+
     rows, labels = pooled(0)
     error = (softmax(rows @ w.T + b) - np.eye(4)[labels]) / 32
     move_w, move_b = -0.2 * error.T @ rows, -0.2 * error.sum(0)
@@ -290,13 +312,16 @@ def test_matched_prox_is_proportional_to_alpha_at_the_second_step(data):
 
 def test_matched_prox_needs_a_teacher_and_a_distance(data):
     with pytest.raises(ValueError, match='no distillation'): D.matched_prox(*place(linear('fedmpq'), data)[0])
-    with pytest.raises(ValueError, match='no distillation'): D.matched_prox(*place(linear(alpha=0.5), data, round=0)[0])  # warm-up
-    with pytest.raises(ValueError, match='at least two'): D.matched_prox(*place(linear(alpha=0.5), data, n=32)[0])
+    with pytest.raises(ValueError, match='no distillation'):
+        D.matched_prox(*place(linear(alpha=0.5), data, round=0)[0])  # warm-up
+    with pytest.raises(ValueError, match='at least two'):
+        D.matched_prox(*place(linear(alpha=0.5), data, n=32)[0])
 
 
 # ---- features
 
-@pytest.mark.parametrize('model, last', [('resnet8', 'fc'), ('mobilenetv2', 'classifier'), ('vit-tiny-4', 'head')])
+@pytest.mark.parametrize('model, last', [('resnet8', 'fc'), ('mobilenetv2', 'classifier'),
+                                         ('vit-tiny-4', 'head')])
 def test_features_times_classifier_are_the_logits(data, model, last):
     config = RunConfig(model=model)
     replica = Replica(config, image_task(4))
@@ -308,7 +333,8 @@ def test_features_times_classifier_are_the_logits(data, model, last):
     found = D.features(replica, state, x, batch=n - 1)
     logits = replica.predictor(state)(x)
     assert found.shape == (n, state[f'{last}.weight'].shape[1]) and logits.std() > 0.01
-    torch.testing.assert_close(found @ state[f'{last}.weight'].T + state[f'{last}.bias'], logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found @ state[f'{last}.weight'].T + state[f'{last}.bias'], logits, rtol=1e-3,
+                               atol=1e-4)
     assert not any(m._forward_pre_hooks for m in replica.folded.model.modules())
 
 
@@ -329,13 +355,15 @@ def test_tsne_keeps_clusters_and_places_equal_features_together():
 
 # ---- bits and bars from records
 
-RECORD = dict(config=dict(method='fedmpq'), curve=[dict(round=1, bits=[4, 2, 4]), dict(round=2, bits=[8, 0, 4])])
+RECORD = dict(config=dict(method='fedmpq'),
+              curve=[dict(round=1, bits=[4, 2, 4]), dict(round=2, bits=[8, 0, 4])])
 
 def test_bit_table_and_pictures():
     table = D.bit_table(RECORD, ['a.weight', 'b.weight', 'weight'])
     assert table.to_dict() == {1: dict(a=4, b=2, weight=4), 2: dict(a=8, b=0, weight=4)}
     ax = D.bit_heatmap(RECORD, ['a.weight', 'b.weight', 'weight'])
-    assert np.array_equal(ax.images[0].get_array(), [[4, 8], [2, 0], [4, 4]]) and ax.get_title() == '0 to 8 bits'
+    assert np.array_equal(ax.images[0].get_array(), [[4, 8], [2, 0], [4, 4]])
+    assert ax.get_title() == '0 to 8 bits'
     assert [p.get_height() for p in D.bit_histogram(RECORD).patches] == [1, 0, 0, 0, 1, 0, 0, 0, 1]
     assert [p.get_height() for p in D.bit_histogram(RECORD, round=1).patches] == [0, 0, 1, 0, 2, 0, 0, 0, 0]
 
@@ -364,9 +392,10 @@ def test_bars_are_the_means_of_the_dots():
 # ---- landscape
 
 def test_landscape_of_a_quadratic():
-    "Second differences of w'Aw/2 along an axis are h^2 d'Ad; with A = a I that is a h^2 ||w||^2, whatever the direction."
+    "Second differences of w'Aw/2 along an axis are h^2 d'Ad; with A = a I that is a h^2 ||w||^2."
     g = torch.Generator().manual_seed(0)
-    state = dict(conv=torch.randn(6, 3, 2, 2, generator=g).double(), fc=torch.randn(4, 6, generator=g).double(),
+    state = dict(conv=torch.randn(6, 3, 2, 2, generator=g).double(),
+                 fc=torch.randn(4, 6, generator=g).double(),
                  bias=torch.randn(4, generator=g).double(), running_mean=torch.ones(6))
     kept, seen = copy.deepcopy(state), []
     def loss(s):
@@ -375,14 +404,16 @@ def test_landscape_of_a_quadratic():
     grid = D.landscape(loss, state, ['conv', 'fc', 'bias'], span=0.6, points=7, seed=3)
     square = float(kept['conv'].square().sum() + kept['fc'].square().sum())
     assert grid.shape == (7, 7) and grid[3, 3] == pytest.approx(1.5 * square) == pytest.approx(loss(kept))
-    for axis in (0, 1): np.testing.assert_allclose(np.diff(grid, 2, axis=axis), 3 * 0.2**2 * square, rtol=1e-5)
-    mixed = np.diff(np.diff(grid, axis=0), axis=1)  # a h^2 d'e, the same everywhere, and small for random directions
+    for axis in (0, 1):
+        np.testing.assert_allclose(np.diff(grid, 2, axis=axis), 3 * 0.2**2 * square, rtol=1e-5)
+    mixed = np.diff(np.diff(grid, axis=0), axis=1)  # a h^2 d'e: the same everywhere, and small
     np.testing.assert_allclose(mixed, mixed[0, 0], atol=1e-8)
     assert abs(mixed[0, 0]) < 0.5 * 3 * 0.2**2 * square
     assert all(s['bias'] is state['bias'] and s['running_mean'] is state['running_mean'] for s in seen[:-1])
     assert all(torch.equal(state[n], kept[n]) for n in kept)
     assert np.array_equal(grid, D.landscape(loss, state, ['conv', 'fc', 'bias'], span=0.6, points=7, seed=3))
-    assert not np.array_equal(grid, D.landscape(loss, state, ['conv', 'fc', 'bias'], span=0.6, points=7, seed=4))
+    assert not np.array_equal(grid, D.landscape(loss, state, ['conv', 'fc', 'bias'], span=0.6, points=7,
+                                                seed=4))
     assert 'in the middle' in D.plot_landscape(grid, 0.6).get_title()
 
 
@@ -417,7 +448,8 @@ def test_lag_of_spoilt_statistics(data):
     config = norm_config()
     pool = WorkerPool(config, VisionTask(data), workers=1)
     try:
-        good = D.fresh_statistics(pool.replica, {n: t.clone() for n, t in pool.replica.state.items()}, pool.task, 96)
+        good = D.fresh_statistics(pool.replica, {n: t.clone() for n, t in pool.replica.state.items()},
+                                  pool.task, 96)
         bad = good | {'0.running_mean': torch.full((3,), 1000.0)}
         found, healthy = D.teacher_lag(pool, bad, good, 96, 96), D.teacher_lag(pool, good, good, 96, 96)
     finally: pool.close()
@@ -432,5 +464,6 @@ def test_fresh_statistics_agree_with_the_record(data):
     try:
         play(run, [])
         fresh = D.fresh_statistics(run.pool.replica, deployed(run.server, 4.0), run.pool.task, 1000)
-        assert D.evaluate(run.pool, fresh, torch.arange(40))['accuracy'] == recalibrated(run)['accuracy_recalibrated']
+        accuracy = D.evaluate(run.pool, fresh, torch.arange(40))['accuracy']
+        assert accuracy == recalibrated(run)['accuracy_recalibrated']
     finally: run.pool.close()

@@ -1,6 +1,7 @@
 """Experiments as a person starts them: command line, papermill, own code, shared results folders."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,17 +26,20 @@ def jobs(results: Path, methods: str = "fedavg,fedmpq", seeds: str = "0", rounds
 
 
 def command(*words: str, cwd: Path = ROOT, **kw) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, **kw)
+    return subprocess.run([sys.executable, *words], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, **kw)
 
 
 def papermill(*words: str, cwd: Path) -> subprocess.CompletedProcess:
     program = str(Path(sys.executable).with_name("papermill"))
-    return subprocess.run([program, *words], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return subprocess.run([program, *words], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True)
 
 
 def test_command_line_runs_an_experiment_without_papermill(tmp_path: Path):
-    done = command("-m", "fedmpqkd", "exp1", "--preset", "smoke", "--methods", "fedavg,fedmpq-kd", "--alpha", "1.0", "--rounds=1",
-                   "--results-dir", str(tmp_path), *(w for k, v in TINY.items() if k != "rounds" for w in (f"--{k}", str(v))))
+    done = command("-m", "fedmpqkd", "exp1", "--preset", "smoke", "--methods", "fedavg,fedmpq-kd", "--alpha",
+                   "1.0", "--rounds=1", "--results-dir", str(tmp_path),
+                   *(w for k, v in TINY.items() if k != "rounds" for w in (f"--{k}", str(v))))
     assert done.returncode == 0, done.stderr
     records = [json.loads(p.read_text()) for p in tmp_path.rglob("*.json")]
     assert {r["config"]["method"]: r["config"]["alpha"] for r in records} == {"fedavg": 0.0, "fedmpq-kd": 1.0}
@@ -72,7 +76,8 @@ def stripes():
 
 register_dataset('stripes', stripes)
 register_model('two-layers', lambda classes: nn.Sequential(
-    nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)))
+    nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(),
+    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)))
 register_method('noisy', base='fedmpq', rounding_up='stochastic')
 '''
 
@@ -80,14 +85,17 @@ register_method('noisy', base='fedmpq', rounding_up='stochastic')
 def test_own_model_data_and_method_through_papermill(tmp_path: Path):
     plugin = tmp_path / "my_lab.py"
     plugin.write_text(OWN)
-    done = papermill(str(ROOT / "nbs/exp1.ipynb"), "-p", "preset", "smoke", "-p", "plugins", str(plugin), "-p", "dataset", "stripes",
-                     "-p", "model", "two-layers", "-p", "methods", "noisy", "-p", "rounds", "4", "-p", "results_dir", str(tmp_path / "r"),
-                     "-p", "fields", "train_images=0,test_images=0,clients=2", "-p", "dirichlet", "100", cwd=tmp_path)
+    done = papermill(str(ROOT / "nbs/exp1.ipynb"), "-p", "preset", "smoke", "-p", "plugins", str(plugin),
+                     "-p", "dataset", "stripes",
+                     "-p", "model", "two-layers", "-p", "methods", "noisy", "-p", "rounds", "4", "-p",
+                     "results_dir", str(tmp_path / "r"),
+                     "-p", "fields", "train_images=0,test_images=0,clients=2", "-p", "dirichlet", "100",
+                     cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     (record,) = [json.loads(p.read_text()) for p in (tmp_path / "r").rglob("*.json")]
     config = record["config"]
     assert (config["method"], config["dataset"], config["model"]) == ("noisy", "stripes", "two-layers")
-    assert config["rounding_up"] == "stochastic" and len(config["extension"]) == 12
+    assert config["rounding_up"] == "stochastic" and re.fullmatch(r"\w{12}\+model:\w{12}", config["extension"])
     assert record["summary"]["accuracy"] > 90  # stripes are easy: a dead run stays at 50
     assert list((tmp_path / "runs").glob("exp1_*.ipynb"))
 
@@ -111,7 +119,8 @@ def test_sweep_through_a_pool(tmp_path: Path):
 
 
 SWEEP = """
-import sys; sys.path.insert(0, {tests!r})
+import sys
+sys.path[:0] = {tests!r}
 from pathlib import Path
 from test_experiments import jobs
 from fedmpqkd.study.experiments import run_sweep
@@ -121,8 +130,11 @@ run_sweep(jobs(Path({results!r}), 'fedavg,qat-uniform,fedmpq', rounds=3), wait=0
 
 def test_two_processes_share_a_folder_and_one_is_killed(tmp_path: Path):
     "Every record is there once, and equals that of an undisturbed run."
-    code = SWEEP.format(tests=str(ROOT / "tests"), results=str(tmp_path / "shared"))
-    first, second = (subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2))
+    code = SWEEP.format(tests=[str(ROOT / "tests" / "study"), str(ROOT / "tests")],
+                        results=str(tmp_path / "shared"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    first, second = (subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
+                     for _ in range(2))
     deadline = time.time() + 120
     while not list((tmp_path / "shared").rglob("journal.jsonl")) and time.time() < deadline: time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
@@ -134,4 +146,5 @@ def test_two_processes_share_a_folder_and_one_is_killed(tmp_path: Path):
     (alone,) = run_sweep(jobs(tmp_path / "alone", "fedmpq", rounds=3))
     (shared,) = [r for r in records if r["config"]["method"] == "fedmpq"]
     kept = ("accuracy", "loss", "bytes_up", "bytes_down", "moved")
-    assert [[line[k] for k in kept] for line in shared["curve"]] == [[line[k] for k in kept] for line in alone["curve"]]
+    assert [[line[k] for k in kept]
+            for line in shared["curve"]] == [[line[k] for k in kept] for line in alone["curve"]]

@@ -9,10 +9,12 @@ import pytest
 import fedmpqkd
 from fedmpqkd._names import MOVED
 
-OLD = [("experiments", "run_experiment"), ("models", "register_model"), ("models", "fold_batchnorm"), ("bits", "RULES"),
-       ("data", "from_tensors"), ("data", "register_dataset"), ("methods", "register_method"), ("core", "RunConfig"),
-       ("core", "rng"), ("claims", "caption"), ("claims", "reading"), ("evidence", "table"), ("wire", "decode"),
-       ("experiments", "load_plugins"), ("client", "local_round"), ("metrics", "paired_test")]
+OLD = [
+    ("experiments", "run_experiment"), ("experiments", "load_plugins"), ("models", "register_model"),
+    ("models", "fold_batchnorm"), ("bits", "RULES"), ("data", "from_tensors"), ("data", "register_dataset"),
+    ("methods", "register_method"), ("core", "RunConfig"), ("core", "rng"), ("claims", "caption"),
+    ("claims", "reading"), ("evidence", "table"), ("wire", "decode"), ("client", "local_round"),
+    ("metrics", "paired_test")]
 
 
 @pytest.mark.parametrize("module, name", OLD)
@@ -37,4 +39,5 @@ def test_a_name_that_never_was_is_an_ordinary_error():
 
 def test_the_package_itself_imports_nothing_heavy():
     program = "import sys, fedmpqkd; print([m for m in ('torch', 'numpy', 'papermill') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

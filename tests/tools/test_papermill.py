@@ -1,4 +1,4 @@
-"""The experiment command as a person types it (a terminal), and as scripts and job schedulers run it (pipes, files)."""
+"""The experiment command as a person types it (a terminal), and as scripts run it (pipes, files)."""
 import json
 import os
 import pty
@@ -24,7 +24,8 @@ def write_notebook(path: Path, parameters: str, body: str) -> Path:
     "A notebook of two cells, the first tagged `parameters`."
     kernel = {"name": "python3", "language": "python", "display_name": "python3"}
     nb = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
-    nb.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(body)]
+    tagged = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    nb.cells = [tagged, nbformat.v4.new_code_cell(body)]
     nbformat.write(nb, path)
     return path
 
@@ -32,7 +33,8 @@ def write_notebook(path: Path, parameters: str, body: str) -> Path:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     "A notebook that prints its two parameters."
-    return write_notebook(tmp_path / "tiny.ipynb", ALPHA + "\nseed: int = 0  # random seed", "print(f'{alpha=} {seed=}')")
+    parameters = ALPHA + "\nseed: int = 0  # random seed"
+    return write_notebook(tmp_path / "tiny.ipynb", parameters, "print(f'{alpha=} {seed=}')")
 
 
 def printed(path: Path) -> str:
@@ -82,7 +84,8 @@ def test_no_output_path_in_a_pipe(tiny: Path):
 
 
 def test_as_a_module(tiny: Path):
-    p = in_pipes([sys.executable, "-m", "papermill", "tiny.ipynb", "-p", "seed", "3", "--prepare-only"], tiny.parent)
+    words = "-m papermill tiny.ipynb -p seed 3 --prepare-only".split()
+    p = in_pipes([sys.executable, *words], tiny.parent)
     assert p.returncode == 0, p.stderr
     assert "seed = 3" in injected(tiny.parent / "runs/tiny_seed=3.ipynb")
 
@@ -96,8 +99,8 @@ def test_named_output_is_respected(tiny: Path):
 def test_redirection_into_a_file_gives_the_notebook(tiny: Path):
     target = tiny.parent / "out.json"
     with target.open("w") as f:
-        p = subprocess.run([PAPERMILL, "tiny.ipynb", "-p", "alpha", "2"], cwd=tiny.parent, stdin=subprocess.DEVNULL,
-                           stdout=f, stderr=subprocess.PIPE, text=True)
+        p = subprocess.run([PAPERMILL, "tiny.ipynb", "-p", "alpha", "2"], cwd=tiny.parent,
+                           stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.PIPE, text=True)
     assert p.returncode == 0, p.stderr
     assert printed(target) == "alpha=2 seed=0\n"
     assert not (tiny.parent / "runs").exists()
@@ -110,7 +113,8 @@ def test_a_pipe_at_the_input_never_overwrites_the_notebook(tiny: Path, content: 
     other = write_notebook(tiny.parent / "other.ipynb", ALPHA, "raise SystemExit('the wrong notebook ran')")
     before = tiny.read_bytes()
     command = f'"{PAPERMILL}" tiny.ipynb -p alpha 1.0 --prepare-only' + (" > out.json" if redirected else "")
-    p = in_pipes(["bash", "-c", command], tiny.parent, input="" if content == "nothing" else other.read_text())
+    sent = "" if content == "nothing" else other.read_text()
+    p = in_pipes(["bash", "-c", command], tiny.parent, input=sent)
     assert p.returncode == 0, p.stderr
     assert tiny.read_bytes() == before
     out = tiny.parent / ("out.json" if redirected else "runs/tiny_alpha=1.0.ipynb")
@@ -120,7 +124,8 @@ def test_a_pipe_at_the_input_never_overwrites_the_notebook(tiny: Path, content: 
 def test_a_notebook_through_a_pipe_still_works(tiny: Path):
     p = in_pipes([PAPERMILL, "new.ipynb", "--prepare-only"], tiny.parent, input=tiny.read_text())
     assert p.returncode == 0, p.stderr
-    assert json.loads((tiny.parent / "new.ipynb").read_text())["cells"][1]["source"] == ["print(f'{alpha=} {seed=}')"]
+    cells = json.loads((tiny.parent / "new.ipynb").read_text())["cells"]
+    assert cells[1]["source"] == ["print(f'{alpha=} {seed=}')"]
 
 
 def test_a_misspelt_parameter_is_refused(tiny: Path):
@@ -139,16 +144,20 @@ def test_a_missing_notebook_is_named(tmp_path: Path):
 
 def test_a_program_that_imports_papermill_sees_no_change(tmp_path: Path):
     script = tmp_path / "prog.py"
-    script.write_text("import sys, papermill, papermill.engines as e\n"
-                      "print(sys.argv[1:], e.papermill_engines.get_engine(None) is e.NBClientEngine, 'torch' in sys.modules)")
+    script.write_text(
+        "import sys, papermill, papermill.engines as e\n"
+        "stock = e.papermill_engines.get_engine(None) is e.NBClientEngine\n"
+        "print(sys.argv[1:], stock, 'torch' in sys.modules)")
     p = in_pipes([sys.executable, str(script), "x.ipynb"], tmp_path)
     assert p.stdout == "['x.ipynb'] True False\n", p.stderr
     assert not (tmp_path / "runs").exists()
 
 
 WORD = st.text("abz09./_=, ", min_size=1, max_size=12).filter(lambda s: s.strip())
-PAIR = st.tuples(st.sampled_from(["-p", "--parameters", "-r"]), WORD, WORD | st.floats(allow_nan=False).map(str))
-OPTION = PAIR | st.sampled_from([("-k", "python3"), ("--log-output",), ("--cwd", "nbs"), ("--engine=x",), ("-y", "{a: 1}")])
+FLAG, NUMBER = st.sampled_from(["-p", "--parameters", "-r"]), st.floats(allow_nan=False).map(str)
+PAIR = st.tuples(FLAG, WORD, WORD | NUMBER)
+OPTION = PAIR | st.sampled_from(
+    [("-k", "python3"), ("--log-output",), ("--cwd", "nbs"), ("--engine=x",), ("-y", "{a: 1}")])
 
 
 @given(st.lists(OPTION, max_size=5), st.integers(0, 5), st.booleans())
