@@ -250,7 +250,8 @@ def public_batches(
     "The public images in the order in which one side reads them."
     g = torch_rng(config.seed, 'loader', round, 2**20 + reader)
     for _ in range(config.public_epochs):
-        for position, *_ in epoch_batches(len(public.index), config.batch_size, g): yield position
+        for position, *_ in epoch_batches(
+                len(public.index), config.batch_size, g, min_batch=config.min_batch): yield position
 
 # %% ../../nbs/federation/12d_exchange.ipynb #97cb6abb
 def digest_step(

@@ -26,7 +26,8 @@ from ..learn.replica import Replica
 from ..learn.task import Task
 
 # %% ../../nbs/federation/12b_warmstart.ipynb #4fa2a3c9
-_CENTRAL = ('dataset', 'train_images', 'test_images', 'model', 'batch_size', 'precision', 'extension')
+_CENTRAL = (
+    'dataset', 'train_images', 'test_images', 'model', 'batch_size', 'min_batch', 'precision', 'extension')
 _FEDERATED = (
     *_CENTRAL, 'clients', 'partition', 'dirichlet', 'participation', 'dropout', 'dropout_mode',
     'dropout_stage', 'local_epochs', 'seed', 'validation')
@@ -82,7 +83,7 @@ def train_centrally(
     for epoch in range(epochs):
         for group in optimizer.param_groups:
             group['lr'] = config.lr * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        for position, *views in task.epoch(len(index), config.batch_size, g):
+        for position, *views in task.epoch(len(index), config.batch_size, g, config.min_batch):
             x, y = task.batch(index[position], *views)  # [B, ...], [B] or [B, T]
             replica.model.train(len(x) > 1)
             with torch.autocast(replica.device.type, torch.bfloat16, enabled=config.precision == 'bf16'):

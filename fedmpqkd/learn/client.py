@@ -128,7 +128,7 @@ def train(
     c, g = train_state.config, torch_rng(train_state.config.seed, 'loader', work.round, work.client)
     for epoch in range(c.local_epochs):
         if epoch and train_state.teacher and c.teacher_refresh == 0: train_state.teacher.load(replica.state)
-        for position, *view in task.epoch(len(index), c.batch_size, g):
+        for position, *view in task.epoch(len(index), c.batch_size, g, c.min_batch):
             train_state.totals['steps'] += 1
             if recorded and len(position) == c.batch_size:
                 recorded(index[position], *view)
