@@ -55,7 +55,7 @@ class Task(ABC):
     def epoch(
         self, n: int, batch_size: int, generator: torch.Generator, min_batch: int = 2,
     ) -> Iterator[tuple[Tensor, ...]]:
-        "Views of a client's n samples, batch by batch, positions 0..n-1 first; a smaller last batch joins another."
+        "Views of a client's n samples: positions 0..n-1 first; a small last batch joins another."
 
     @abstractmethod
     def batch(self, index: Tensor, *view: Tensor) -> tuple[Tensor, Tensor]:
