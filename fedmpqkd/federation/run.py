@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'protocol_of', 'Progress', 'one_thread', 'test_parts', 'play', 'final_states', 'recalibrated',
-           'dispersion', 'summarize', 'make_record', 'resume', 'compute', 'run']
+           'dispersion', 'bits_used', 'summarize', 'make_record', 'resume', 'compute', 'run']
 
 # %% ../../nbs/federation/12e_run.ipynb #ae6ed355
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,14 @@ from ..core.journal import Damaged, Journal
 from ..core.machine import commit, environment
 from ..data.images import stratified_indices
 from ..evaluate.metrics import auc, client_dispersion, headline, peak_memory_mib
-from .evaluation import STAR, Protocol, best_validation, fresh_statistics, validate
+from fedmpqkd.federation.evaluation import (
+    STAR,
+    Protocol,
+    best_validation,
+    fresh_statistics,
+    mean_of_budgets,
+    validate,
+)
 from .exchange import LOGITS_AND_MODEL, LOGITS_ONLY, SERVER_DISTILL
 from .moshpit import MOSHPIT
 from .pool import evaluate
@@ -142,23 +150,41 @@ def final_states(federation: Run) -> dict[str, dict[str, Tensor]]:
 def recalibrated(
     run: Run,  # after its last round
 ) -> dict[str, float]:  # percent; empty where the server has no model of its own
-    "Accuracy of the deployed model with freshly estimated normalisation statistics."
+    "Accuracy with freshly estimated normalisation statistics, each client with its own budget's model."
     if not protocol_of(run.config).has_model: return {}
-    task, state = run.pool.task, next(iter(final_states(run).values()))
-    fresh = fresh_statistics(run.pool.replica, state, task)
-    score = evaluate(run.pool, fresh, torch.arange(len(task.test_targets)))
-    return dict(accuracy_recalibrated=score['accuracy'])
+    everything = torch.arange(len(run.pool.task.test_targets))
+
+    def score(state: dict[str, Tensor]) -> float:
+        fresh = fresh_statistics(run.pool.replica, state, run.pool.task)
+        return float(evaluate(run.pool, fresh, everything)['accuracy'])
+
+    return dict(accuracy_recalibrated=mean_of_budgets(run, score))
 
 def dispersion(
     run: Run,  # after its last round
-    per_class: list[float | None],  # accuracy per class, percent; None where it is not known
+    line: dict[str, Any],  # the last round's: accuracy per class in percent, of each budget if they differ
 ) -> dict[str, float]:
-    "How unequally the model serves the clients; empty where that cannot be told."
-    if not per_class or None in per_class: return {}
+    "How unequally the clients are served by their models; empty where that cannot be told."
+    several: dict[str, list[float | None]] = line.get('per_class_deployed', {'': line['per_class']})
+    if not all(column and None not in column for column in several.values()): return {}
     labels, classes = run.pool.task.true_labels.cpu().numpy(), run.pool.task.classes
-    counts = np.stack([np.bincount(labels[p], minlength=classes) for p in run.partition.parts])
-    counts = counts[counts.sum(1) > 0]
-    return client_dispersion(np.array(per_class), counts / counts.sum(1, keepdims=True))
+    shares = np.zeros((run.config.clients, len(several), classes))  # each client's, in its own model's place
+    for k, part in enumerate(run.partition.parts):
+        own = list(several).index(f'{run.server.budget(k):g}') if len(several) > 1 else 0
+        shares[k, own] = np.bincount(labels[part], minlength=classes) / max(len(part), 1)
+    held = shares.reshape(len(shares), -1)
+    return client_dispersion(np.array([*several.values()]).ravel(), held[held.sum(1) > 0])
+
+def bits_used(
+    run: Run,  # after its last round
+) -> dict[str, float]:
+    "The share of the weights that are quantised, and their mean bits over layers and clients."
+    shape, c = run.pool.replica.layout, run.config
+    sizes = shape.sizes()
+    if c.update == 'fp32' or not sum(sizes): return dict(quantised_share=0.0)
+    weights = sum(prod(shape.shapes[name]) for name in (*shape.quantized, *shape.others))
+    means = [np.dot(run.server.assignment(b), sizes) / sum(sizes) for b in c.bits]
+    return dict(quantised_share=sum(sizes) / weights, bits_mean=float(np.mean(means)))
 
 # %% ../../nbs/federation/12e_run.ipynb #76ff0b29
 def summarize(
@@ -170,14 +196,14 @@ def summarize(
     return dict(
         accuracy=headline(columns['accuracy']), accuracy_last=last['accuracy'],
         accuracy_fp=last['accuracy_fp'], accuracy_quantised=last['accuracy_quantised'],
-        **recalibrated(run), auc=auc(columns['accuracy']), dispersion=dispersion(run, last['per_class']),
+        **recalibrated(run), auc=auc(columns['accuracy']), dispersion=dispersion(run, last),
         **{key: headline(columns[key]) for key in run.pool.task.headlines},
         bytes_down=sum(columns['bytes_down']) + run.warm.get('bytes_down', 0),
         bytes_up=sum(columns['bytes_up']) + run.warm.get('bytes_up', 0),
         **({'warm': run.warm} if run.warm else {}),
         **best_validation(curve), manifest_bytes=run.meter.manifest,
         seconds_per_round=float(np.median(columns['seconds_training'])), seconds=sum(columns['seconds']),
-        memory=peak_memory_mib(), partition=run.partition.how)
+        memory=peak_memory_mib(), partition=run.partition.how, **bits_used(run))
 
 # %% ../../nbs/federation/12e_run.ipynb #5e4b0677
 def make_record(
