@@ -234,7 +234,7 @@ def test_what_a_straggler_remembers(federation):
     kd = dict(alpha=0.5, kd_warmup_rounds=0, rounds=3)
     for method, fields, expected in (('fedmpq-kd-ema', kd, [None, 0, 1]),
                                      ('uveqfed', dict(error_feedback=True), [None, 0, 0])):
-        case = federation(method, **fields)
+        case = federation(method, dropout_stage='after_train', **fields)
         for round, fails in ((0, False), (1, True), (2, False)): visit(case.run, 0, round, fails)
         assert [None if w is None else int(w) for w in case.local.given] == expected
 
