@@ -484,7 +484,7 @@ def test_stochastic_hops_have_coins_of_their_own():
     heard = [levels(data) for _, _, data in run.meter.tape]
     ups, downs = set(heard[:2]), set(heard[2:])
     assert ups <= set(hops) and len(ups) == 2 and len(downs) == 1 and not downs & set(hops)
-    keys = list(np.ndindex(3, 2, 3, 2))  # rounds, iterations, clients, ways: a leader's hop and its reply differ
+    keys = list(np.ndindex(3, 2, 3, 2))  # rounds, iterations, clients, ways; also a leader's own two
     coins = [torch.rand(1, generator=moshpit._coin(run.config, *key)).item() for key in keys]
     assert len(set(coins)) == len(coins)
 
