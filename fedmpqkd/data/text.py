@@ -259,7 +259,7 @@ def items_hash(
         digest.update(json.dumps(rows).encode())
     return digest.hexdigest()[:16]
 
-
+# %% ../../nbs/data/02b_text.ipynb #e6fad080
 @dataclass(frozen=True, eq=False)
 class TextData:
     "Items of one task."
@@ -395,7 +395,7 @@ def text_folder(
         f'schema of the Hugging Face hub, in DIR/{name} and pass data_dir=DIR or set $FEDMPQKD_DATA=DIR; '
         "'almanac' needs no files.")
 
-
+# %% ../../nbs/data/02b_text.ipynb #ed5baf6c
 def read_set(
     name: str,
     folder: Path,

@@ -82,6 +82,7 @@ TEXTS: dict[str, Callable[[str], str]] = {
     'byte': byte_text, 'piece': piece_text, 'wordpiece': wordpiece_text, 'plain': str}
 
 # %% ../../nbs/data/02c_tokenizers.ipynb #e8a72673
+# long: one piece
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
     "What the ids of a tokenizer stand for."
@@ -122,7 +123,6 @@ def _types(node: Any) -> Iterator[str]:
     elif isinstance(node, list):
         for value in node: yield from _types(value)
 
-
 def style_of(
     description: Mapping[str, Any],  # a tokenizer's own JSON
 ) -> str:  # one of `TEXTS`
@@ -132,7 +132,7 @@ def style_of(
     if 'ByteLevel' in _types(parts): return 'byte'
     return 'piece' if '▁' in json.dumps(parts, ensure_ascii=False) else 'plain'
 
-
+# %% ../../nbs/data/02c_tokenizers.ipynb #2672d64d
 def vocabulary_of(
     tokenizer: Any,  # of `tokenizers`, or a fast one of `transformers`
 ) -> Vocabulary:
@@ -148,14 +148,12 @@ def vocabulary_of(
 # %% ../../nbs/data/02c_tokenizers.ipynb #f6740c79
 TOKENIZERS = ('bytes', 'byte-bpe', 'bpe', 'unigram', 'wordpiece')
 
-
 def _with_bytes(tokenizer: Any) -> Any:
     "A SentencePiece-like BPE with tokens for all 256 bytes, which training does not add."
     description = json.loads(tokenizer.to_str())
     table = description['model']['vocab']
     for byte in range(256): table.setdefault(f'<0x{byte:02X}>', len(table))
     return type(tokenizer).from_str(json.dumps(description))
-
 
 def _rescored(tokenizer: Any, texts: Sequence[str], special: Sequence[str], rounds: int = 3) -> Any:
     "A unigram model with scores that do not depend on the order of a hash table."
@@ -171,14 +169,13 @@ def _rescored(tokenizer: Any, texts: Sequence[str], special: Sequence[str], roun
         scores = {p: math.log((counts[p] + 0.5) / total) for p in scores}
     return tokenizer
 
-
 def _letters_first(tokenizer: Any, special: Sequence[str]) -> Any:
     "A WordPiece model whose letters are no longer special."
     description = json.loads(tokenizer.to_str())
     kept = [t for t in description['added_tokens'] if t['content'] in special]
     return type(tokenizer).from_str(json.dumps(description | {'added_tokens': kept}))
 
-
+# %% ../../nbs/data/02c_tokenizers.ipynb #204600ec
 def _spaced(tokenizer: Any, tk: Any) -> None:
     "SentencePiece's way with spaces."
     tokenizer.pre_tokenizer = tk.pre_tokenizers.Metaspace(prepend_scheme='first')
@@ -191,7 +188,6 @@ SPECIAL = {
     'bytes': ('<|endoftext|>',), 'byte-bpe': ('<|endoftext|>',),
     'wordpiece': ('[PAD]', '[UNK]', '[CLS]', '[SEP]'),
     'bpe': ('<unk>', '<s>', '</s>'), 'unigram': ('<unk>', '<s>', '</s>')}
-
 
 def _untrained(kind: str, tk: Any) -> Any:
     "A tokenizer without a vocabulary."
@@ -210,7 +206,7 @@ def _untrained(kind: str, tk: Any) -> Any:
         _spaced(tokenizer, tk)
     return tokenizer
 
-
+# %% ../../nbs/data/02c_tokenizers.ipynb #7f994aca
 def _trainer(kind: str, texts: Sequence[str], size: int, tk: Any) -> Any:
     "What fills it."
     common = {'vocab_size': size, 'special_tokens': list(SPECIAL[kind]), 'show_progress': False}

@@ -43,6 +43,7 @@ def _by_class(
     mean = [None if None in column else float(np.mean(column)) for column in columns]
     return dict(per_class=mean, per_class_deployed={f'{b:g}': s['per_class'] for b, s in scores.items()})
 
+# %% ../../nbs/federation/12b_evaluation.ipynb #88e1752a
 def evaluate_round(
     run: Run,  # after aggregation
     full: Tensor,  # all test samples

@@ -160,6 +160,7 @@ def recalibrated(
 
     return dict(accuracy_recalibrated=mean_of_budgets(run, score))
 
+# %% ../../nbs/federation/12e_run.ipynb #ee81754c
 def dispersion(
     run: Run,  # after its last round
     line: dict[str, Any],  # the last round's: accuracy per class in percent, of each budget if they differ

@@ -87,7 +87,7 @@ def _by_start(texts: Iterable[str], size: int) -> dict[tuple[str, int], list[str
     for text in texts: buckets[text[:size], len(text)].append(text)
     return buckets
 
-
+# %% ../../nbs/learn/09f_alignment.ipynb #f93faf5b
 def nearest_texts(
     texts: Iterable[str],  # to find partners for
     candidates: Iterable[str],
@@ -175,7 +175,6 @@ def cached_map(
 COSTS = ('norm', 'raw', 'offset')
 UNIT = 720720  # costs are whole multiples of 1 / UNIT; divisible by 1 to 16
 
-
 def token_costs(
     a: Sequence[str],  # texts of the source's tokens
     b: Sequence[str],  # of the target's
@@ -191,7 +190,7 @@ def token_costs(
     if cost == 'norm': table = (2 * table + longest) // np.maximum(2 * longest, 1)  # rounded
     return table[row_of[:-1, None], column_of[None, :-1]]
 
-
+# %% ../../nbs/learn/09f_alignment.ipynb #83241eaa
 def span_costs(
     a: np.ndarray,  # int [n, 2]: characters from and to
     b: np.ndarray,  # int [m, 2]
@@ -222,7 +221,7 @@ def dtw(
         table[here][:count] = best + flat[i * m + k - i + np.arange(count) * (m - 1)]
     return _backwards(table.reshape(n + 1, width)), int(table[-1])
 
-
+# %% ../../nbs/learn/09f_alignment.ipynb #969ddd3e
 def _backwards(table: np.ndarray) -> np.ndarray:
     "The path that led to the last entry; diagonal before up before left."
     i, j = table.shape[0] - 1, table.shape[1] - 1
@@ -243,7 +242,7 @@ def only_pairs(
     alone: np.ndarray = (np.bincount(i)[i] == 1) & (np.bincount(j)[j] == 1)
     return alone
 
-
+# %% ../../nbs/learn/09f_alignment.ipynb #d9a05dad
 def plot_alignment(
     a: Sequence[str],  # tokens of the upper row
     b: Sequence[str],  # of the lower row
@@ -457,7 +456,7 @@ def soft_rows(
         rows = rows - missing
     return rows
 
-
+# %% ../../nbs/learn/09f_alignment.ipynb #4266aebe
 def soft_cross_entropy(
     logits: Tensor,  # float [..., T, V], of the receiver
     target: TopK,  # [..., T, K]

@@ -76,6 +76,7 @@ def diverged_methods(
     "Methods with a run that diverged."
     return {r['config']['method'] for r in records if any(line.get('diverged') for line in r['curve'])}
 
+# %% ../../nbs/report/17a_captions.ipynb #51d9c37b
 def failures(
     records: Sequence[Record],  # any
 ) -> str:  # '' if nothing went wrong
@@ -267,6 +268,7 @@ def measured_bits(
     bits = sum(d * b for d, b in zip(sizes, last, strict=True)) / max(sum(sizes), 1)
     return sum(sizes) / everything, bits
 
+# %% ../../nbs/report/17a_captions.ipynb #d6ec06e2
 def _bits(records: Sequence[Record]) -> str:
     "'4 bits a weight', and what there is to add."
     widths = sorted({b for r in records for b in config_of(r).bits})
