@@ -198,7 +198,7 @@ def training_log(
     return log
 
 # %% ../../nbs/learn/09e_client.ipynb #aa19fa14
-# long: one round in one place
+# long: from bytes to bytes in one piece
 def local_round(
     replica: Replica,  # a worker's networks
     config: RunConfig,  # the method

@@ -313,7 +313,7 @@ def test_an_archive_cannot_run_a_program(archive, monkeypatch, content):
         data.read_torchvision(CIFAR['cifar10'], folder.parent)
 
 
-# --- partitions: numbers obtained otherwise -------------------------------------------------------------------
+# --- partitions: numbers obtained otherwise -
 
 LABELS = np.tile(np.arange(10), 50)
 

@@ -1,4 +1,4 @@
-"Networks that people bring, through whole runs: one result an identity, every buffer arrives, clear refusals."
+"Networks that people bring, in whole runs: one result an identity, every buffer arrives, clear refusals."
 
 import random
 
