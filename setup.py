@@ -30,7 +30,7 @@ setuptools.setup(
     extras_require={
         "dev": cfg["dev_requirements"].split(),  # to read, run and test the notebooks
         "docs": cfg["docs_requirements"].split(),  # to build the site
-        "lm": cfg["lm_requirements"].split(),  # tokenizers, and alignment between them
+        "paper": cfg["paper_requirements"].split(),  # pandoc, for the sections of the paper
         "bench": cfg["bench_requirements"].split(),  # the other framework that the speed page compares with
     },
     entry_points={

@@ -175,7 +175,6 @@ def _letters_first(tokenizer: Any, special: Sequence[str]) -> Any:
     kept = [t for t in description['added_tokens'] if t['content'] in special]
     return type(tokenizer).from_str(json.dumps(description | {'added_tokens': kept}))
 
-# %% ../../nbs/data/02c_tokenizers.ipynb #204600ec
 def _spaced(tokenizer: Any, tk: Any) -> None:
     "SentencePiece's way with spaces."
     tokenizer.pre_tokenizer = tk.pre_tokenizers.Metaspace(prepend_scheme='first')

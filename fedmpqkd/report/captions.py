@@ -235,7 +235,6 @@ def _percent(share: float) -> str:
     "'40 %'."
     return f'{100 * share:g} %'
 
-# %% ../../nbs/report/17a_captions.ipynb #80980716
 def _conditions(c: RunConfig) -> str:
     "', 40 % of them in a round, 20 % of whom fail'; '' for a federation in which nothing special happens."
     some = c.participation < 1

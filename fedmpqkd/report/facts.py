@@ -124,6 +124,14 @@ def _value(value: Any) -> str:
     if isinstance(value, int): return f'{value:,}'
     return f'{value:g}' if isinstance(value, float) else str(value)
 
+def _fall(study: Study) -> str:
+    "The largest loss of accuracy from one round to the next."
+    drops = [(a['accuracy'] - b['accuracy'], r['config']['method'], r['config']['seed'], b['round'])
+             for r in study.records for a, b in zip(r['curve'], r['curve'][1:], strict=False)]
+    if not drops: return 'none'
+    points, method, seed, at = max(drops)
+    return f'the largest fall within one round is {points:.1f} points (`{method}`, seed {seed}, round {at})'
+
 def setting_facts(study: Study) -> Facts:
     "Facts about what was run."
     configs, frame, files = [config_of(r) for r in study.records], study.runs.frame, study.files()
@@ -137,14 +145,22 @@ def setting_facts(study: Study) -> Facts:
         classes=str(study.records[0]['data']['classes']), runs=str(len(frame)), methods=str(len(counts)),
         n=str(counts.max()), n_min=str(counts.min()), seeds=', '.join(map(str, sorted(frame.seed.unique()))),
         hours=f'{frame.seconds.sum() / 3600:.1f}', hardware=hardware(study.records),
-        best=f'{frame.groupby("method").accuracy.mean().max():.2f}')
+        fall=_fall(study), best=f'{frame.groupby("method").accuracy.mean().max():.2f}')
     found |= {key: Fact(text, f'{key} of all runs', files) for key, text in said.items()}
     return found | {'caption': Fact(caption(study.runs), 'the common setting of all runs', files)}
 
-# %% ../../nbs/report/18a_facts.ipynb #5755d75a
+# %% ../../nbs/report/18a_facts.ipynb #1f9bbe1f
 COLUMNS = {'accuracy': 'Accuracy %', 'fp32': 'fp32 %', 'quantised': 'Quantised %', 'auc': 'AUC',
-           'ece': 'ECE %', 'client_std': 'Client std', 'mb_down': 'MB down', 'mb_up': 'MB up', 's_round': 's/round'}
+           'ece': 'ECE %', 'client_std': 'Client std', 'mb_down': 'MB down', 'mb_up': 'MB up',
+           's_round': 's/round'}
 _COSTS = ('mb_down', 'mb_up', 's_round')
+
+def _rise(study: Study, method: str) -> float:
+    "What the last five rounds gained on the five before, mean over seeds; NaN for shorter runs."
+    own = [r for r in study.records if r['config']['method'] == method]
+    curves = [[line['accuracy'] for line in r['curve']] for r in own]
+    gains = [(sum(c[-5:]) - sum(c[-10:-5])) / 5 for c in curves if len(c) >= 10]
+    return sum(gains) / len(gains) if gains else math.nan
 
 def method_facts(study: Study) -> Facts:
     "Facts about each method."
@@ -153,6 +169,9 @@ def method_facts(study: Study) -> Facts:
     for method in entries.index:
         n, files = entries.loc[method, ('n', '')], study.files(method)
         found[f'{method}.n'] = Fact(str(n), 'number of seeds', files)
+        rise = _rise(study, method)
+        if not math.isnan(rise):
+            found[f'{method}.rise'] = Fact(f'{rise:+.2f}', 'last five rounds minus the five before', files)
         for key, heading in columns.items():
             mean, std = entries.loc[method, heading]
             if math.isnan(mean): continue
@@ -219,6 +238,8 @@ def pair_facts(study: Study) -> Facts:
             interval=f'{row.ci_low:.2f} to {row.ci_high:.2f}',
             p=f'{row.p:.2g}', p_holm=f'{row.p_holm:.2g}', sign_flip=f'{row.sign_flip_p:.2g}',
             resolved=f'{half:.1f}', verdict=verdict_text(row))
+        decided = 'undecided' if row.verdict == 'undecided' else 'decided'
+        said['brief'] = f'{said["difference"]} points ({said["interval"]}; {decided})'
         said['sentence'] = (f'{said["difference"]} points (95 % interval {said["interval"]}, n = {row.n}, '
                             f'p = {said["p_holm"]} after Holm; {said["verdict"]})')
         how = f'paired t test over seeds {row.seeds}, Holm over the comparisons of {study.name}'
@@ -226,17 +247,18 @@ def pair_facts(study: Study) -> Facts:
         found |= {f'{name}.{key}': fact for key, fact in _more(study, row.a, row.b).items()}
     return found
 
-# %% ../../nbs/report/18a_facts.ipynb #7c0f0cc4
+# %% ../../nbs/report/18a_facts.ipynb #5345674f
 def table_fact(
     markdown: str,  # a pipe table
     how: str,
     records: Callable[[str], tuple[str, ...]],  # first cell of a row -> its files
+    left: int = 1,  # how many cells name a row
 ) -> Fact:
     "A table with the records behind each row."
     lines = [[c.strip() for c in line.strip('| \n').split(' | ')] for line in markdown.strip().splitlines()]
     head, rows = lines[0], lines[2:]
-    parts = {f'{row[0]}, {heading}': Fact(text, f'{how}; {heading}', records(row[0]))
-             for row in rows for heading, text in zip(head[1:], row[1:], strict=False)}
+    parts = {', '.join([*row[:left], heading]): Fact(text, f'{how}; {heading}', records(row[0]))
+             for row in rows for heading, text in zip(head[left:], row[left:], strict=True)}
     every = tuple(dict.fromkeys(file for row in rows for file in records(row[0])))
     return Fact(markdown.strip(), how, every, parts)
 
@@ -268,7 +290,7 @@ def _claims(study: Study) -> Fact:
     shown = pd.DataFrame({'Subject': found.subject, 'Quantity': found.quantity, 'Claimed': short,
                           'Measured': mean, 'Std': std, 'n': found.n})
     return table_fact(aligned(to_markdown(shown), 2), 'claim and measurement',
-                      lambda row: study.files(*row.split(' - ')))
+                      lambda row: study.files(*row.split(' - ')), 2)
 
 # %% ../../nbs/report/18a_facts.ipynb #5db2c3e6
 def table_facts(study: Study) -> Facts:
@@ -360,7 +382,8 @@ def verdict_facts(studies: Sequence[Study]) -> Facts:
     apart = rows[(rows.verdict == 'undecided') & ((rows.ci_low > 0) | (rows.ci_high < 0))]
     listed = '; '.join(f'`{r.a}` against `{r.b}` at {r.study.split(".")[-1]}' for r in apart.itertuples())
     how = 'verdicts of all comparisons'
-    return {'verdicts.sentence': Fact(said, how, files), 'verdicts.pairs': Fact(str(len(rows)), how, files),
+    return {'verdicts.level': Fact('95', 'level of all intervals, percent'),
+            'verdicts.sentence': Fact(said, how, files), 'verdicts.pairs': Fact(str(len(rows)), how, files),
             'verdicts.decided': Fact(str(len(decided)), how, files),
             'verdicts.apart': Fact(str(len(apart)), 'undecided, with an interval that excludes zero', files),
             'verdicts.apart_list': Fact(listed or 'none', 'undecided, interval excludes zero', files)}

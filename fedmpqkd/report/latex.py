@@ -152,11 +152,11 @@ def _table(block: Node) -> list[Node]:
     "A tabularx, floating if it has a caption."
     (label, *_), (_, caption), columns, head, bodies, _ = block['c']
     body = [row for part in bodies for row in _rows(part[3])]
-    size = r'\small' if len(columns) < 7 else r'\footnotesize'
-    parts: list[str | list[Node]] = [r'\begin{table}[H]', '\n\\centering'] if caption else []
+    places = layout([column[0]['t'] for column in columns], body)
+    size = r'\small' if len(columns) < 6 and places.count('X') < 3 else r'\footnotesize'
+    parts: list[str | list[Node]] = ['\\begin{table}[htbp]\n\\centering'] if caption else []
     if caption: parts += ['\n\\caption{', _inside(caption), '}' + rf'\label{{{label}}}' * bool(label), '\n']
     parts.append(rf'{size}\setlength{{\tabcolsep}}{{4pt}}' + '\n' if caption else '')
-    places = layout([column[0]['t'] for column in columns], body)
     parts.append(rf'\begin{{tabularx}}{{\textwidth}}{{{places}}}' + '\n\\hline\n')
     for row in _rows(head[1]): parts += _row(row, bold=True)
     parts.append('\\hline\n')
@@ -170,7 +170,7 @@ def _image(node: Node) -> str:
     "`\\includegraphics` with the width that its surroundings leave it."
     file = PurePosixPath(node['c'][2][0]).name
     width = '' if _SIDE.search(file) else '0.7'
-    return rf'\includegraphics[width={width}\linewidth]{{images/{file}}}'
+    return rf'\includegraphics[width={width}\linewidth]{{ images/{file} }}'  # spaces as in the template
 
 def _figure(block: Node) -> list[Node]:
     "One figure."
