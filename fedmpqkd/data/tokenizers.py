@@ -146,6 +146,7 @@ def vocabulary_of(
     return Vocabulary.of(spellings, style_of(description), special)
 
 # %% ../../nbs/data/02c_tokenizers.ipynb #f6740c79
+# long: small functions that are read together
 TOKENIZERS = ('bytes', 'byte-bpe', 'bpe', 'unigram', 'wordpiece')
 
 def _with_bytes(tokenizer: Any) -> Any:

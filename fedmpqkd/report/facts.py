@@ -33,7 +33,7 @@ from fedmpqkd.report.evidence import (
     table,
     to_markdown,
 )
-from .readings import in_settings, planned, pre_declared
+from .readings import CRITERIA, in_settings, planned, pre_declared
 from ..study.axes import axis_points
 from ..study.experiments import EXPERIMENTS, plan, tuned_values
 from ..study.records import Record, config_of, load_records
@@ -115,6 +115,7 @@ def load_axis(
     return studies
 
 # %% ../../nbs/report/18a_facts.ipynb #b98191d9
+# long: small functions that are read together
 _SAME = 'value of the configuration of all runs'
 
 def _value(value: Any) -> str:
@@ -150,6 +151,7 @@ def setting_facts(study: Study) -> Facts:
     return found | {'caption': Fact(caption(study.runs), 'the common setting of all runs', files)}
 
 # %% ../../nbs/report/18a_facts.ipynb #1f9bbe1f
+# long: small functions that are read together
 COLUMNS = {'accuracy': 'Accuracy %', 'fp32': 'fp32 %', 'quantised': 'Quantised %', 'auc': 'AUC',
            'ece': 'ECE %', 'client_std': 'Client std', 'mb_down': 'MB down', 'mb_up': 'MB up',
            's_round': 's/round'}

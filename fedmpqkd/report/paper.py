@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ..core.journal import project_root, write_atomic
-from .facts import Fact, Facts, all_facts, behind, load_axis, load_study
+from .facts import Fact, Facts, all_facts, behind, load_axis, load_study, numbers
 from .figures import figure_files
 from .latex import to_content
 from .rules import Fault, lint, lost_citations
@@ -169,6 +169,7 @@ def complaints(
     return list(dict.fromkeys(found))
 
 # %% ../../nbs/report/18_paper.ipynb #2a3b67ca
+# long: small functions that are read together
 def compile_paper(
     source: Path,  # 'paper' with main.tex, refs.bib, images/ and generated/sections/
     target: Path,  # where LaTeX works

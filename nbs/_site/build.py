@@ -4,8 +4,8 @@
     python nbs/_site/build.py            # build/site/index.html
     python nbs/_site/build.py --check    # warnings are errors, and every link must have an end
 
-Hidden cells and directive lines are left out. Nothing is executed and nothing is fetched: the figures are those
-that the pages store.
+Hidden cells and directive lines are left out. Nothing is executed, nothing is fetched: figures are those that
+the pages store.
 """
 import ast
 import importlib
