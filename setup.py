@@ -31,6 +31,7 @@ setuptools.setup(
         "dev": cfg["dev_requirements"].split(),  # to read, run and test the notebooks
         "docs": cfg["docs_requirements"].split(),  # to build the site
         "paper": cfg["paper_requirements"].split(),  # pandoc, for the sections of the paper
+        "lm": cfg["lm_requirements"].split(),  # tokenizers, and how near their tokens are
         "bench": cfg["bench_requirements"].split(),  # the other framework that the speed page compares with
     },
     entry_points={

@@ -33,7 +33,7 @@ from fedmpqkd.report.evidence import (
     table,
     to_markdown,
 )
-from .readings import CRITERIA, in_settings, planned, pre_declared
+from .readings import in_settings, planned, pre_declared
 from ..study.axes import axis_points
 from ..study.experiments import EXPERIMENTS, plan, tuned_values
 from ..study.records import Record, config_of, load_records

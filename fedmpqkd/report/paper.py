@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ..core.journal import project_root, write_atomic
-from .facts import Fact, Facts, all_facts, behind, load_axis, load_study, numbers
+from .facts import Fact, Facts, all_facts, behind, load_axis, load_study
 from .figures import figure_files
 from .latex import to_content
 from .rules import Fault, lint, lost_citations
