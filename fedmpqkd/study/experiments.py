@@ -226,6 +226,7 @@ def open_job(job: Job) -> tuple[Dataset, Journal]:
 def run_job(job: Job) -> Record | None:
     "The record of a job: found or computed; None while another process computes it."
     data, journal = open_job(job)
+    journal.tidy()
     if (done := journal.record()) is not None: return done
     c = job.config
     progress = None if job.quiet else Progress(f'{c.method} seed {c.seed}', c.rounds)
