@@ -102,8 +102,9 @@ def _function(walk: _Walk, f: FunctionType) -> None:
         walk.go(f.__globals__[name])
 
 def _class(walk: _Walk, kind: type) -> None:
-    walk.say('class', kind.__module__, kind.__qualname__)
-    if not is_users(kind.__module__): return
+    own = is_users(kind.__module__)  # under another module's name it is the same class: '__mp_main__'
+    walk.say('class', '' if own else kind.__module__, kind.__qualname__)
+    if not own: return
     walk.each(kind.__bases__)
     skipped = {'__doc__', '__dict__', '__weakref__', '__module__', '__firstlineno__', '__static_attributes__'}
     walk.each((name, vars(kind)[name]) for name in sorted(vars(kind).keys() - skipped))

@@ -252,6 +252,7 @@ def quantity_split(
     return Partition(deal(np.zeros_like(labels), counts, generator), f'quantity({skew:g}), {note}')
 
 # %% ../../nbs/data/03_partition.ipynb #eab91e60
+# long: the kinds in one place
 KINDS = ('iid', 'dirichlet', 'shards', 'quantity')
 
 
@@ -261,7 +262,7 @@ def split(
     kind: str = 'dirichlet',  # one of `KINDS`
     seed: int = 0,  # same seed, same split, on every machine
     dirichlet: float = 0.5,  # for 'dirichlet': concentration, inf is IID
-    classes_per_client: int = 2,  # for 'shards'
+    classes_per_client: int | None = None,  # for 'shards'; None: 2, or more if there are few clients
     skew: float = 1.0,  # for 'quantity': concentration of the sizes
     min_fraction: float = 0.1,  # for 'dirichlet' and 'quantity': smallest client over N/K
 ) -> Partition:
@@ -272,7 +273,9 @@ def split(
     if kind == 'dirichlet':
         return dirichlet_split(y, clients, dirichlet, generator, min_fraction)
     if kind == 'shards':
-        return shard_split(y, clients, classes_per_client, generator)
+        classes = len(np.unique(as_labels(y, clients)))
+        usual = min(classes, max(2, -(-classes // clients)))
+        return shard_split(y, clients, usual if classes_per_client is None else classes_per_client, generator)
     if kind == 'quantity':
         return quantity_split(y, clients, skew, generator, min_fraction)
     raise ValueError(f'unknown kind of split {kind!r}; choose one of {", ".join(KINDS)}')

@@ -32,6 +32,7 @@ class WorkerPool:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         self.size = (workers or cores) if self.device.type == 'cpu' else 1
         self.replicas = [Replica(config, task, device) for _ in range(self.size)]
+        for remark in self.replicas[0].remarks: print(f'model {config.model}: {remark}')
         self.local, self.free = threading.local(), SimpleQueue[Replica]()
         for replica in self.replicas: self.free.put(replica)
         self.threads = ThreadPoolExecutor(self.size, initializer=self._begin)

@@ -144,7 +144,7 @@ def open_run(
     pool, labels = WorkerPool(config, task, device, workers), task.labels.cpu().numpy()
     parts = split(labels[start.private], config.clients, config.partition, config.seed, config.dirichlet)
     parts, validation = hold_out(start.held(parts), config)
-    server = Server(config, pool.replica.layout, start.state or pool.replica.state)
+    server = Server(config, pool.replica.layout, pool.replica.state | start.state)
     memories = Memories(folder, run_id(config, task.fingerprint))
     run = Run(config, pool, server, parts, memories, validation, start.cost)
     run.meter.add_manifest(server.manifest.encode())
@@ -172,7 +172,7 @@ def visit(
 def summary_of(logs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     "One line from the clients' logs."
     line: dict[str, Any] = {}
-    for key in ('loss', 'kd', 'moved', 'lasso_moved'):
+    for key in ('loss', 'kd', 'moved', 'emptied', 'lasso_moved'):
         values = [log[key] for log in logs if np.isfinite(log.get(key, np.nan))]
         if values: line[key] = float(np.mean(values))
     line['skipped'] = sum(log['skipped'] for log in logs)
@@ -187,6 +187,7 @@ def longest_first(chosen: Iterable[int], sizes: Sequence[int]) -> list[int]:
     "Clients by falling number of samples."
     return sorted(chosen, key=lambda k: -sizes[k])
 
+# %% ../../nbs/federation/12a_rounds.ipynb #6bcd8bfc
 def run_round(
     run: Run,  # changed: its server has a new model afterwards
     round: int,  # from 0
@@ -195,6 +196,7 @@ def run_round(
     sizes = [len(p) for p in run.partition.parts]
     chosen, failing = participants(run.config, sizes, round)
     order, logs, problems = longest_first(chosen, sizes), [], {}
+    run.server.expect(round, {k: sizes[k] for k in chosen})
     visits = run.pool.map(lambda k: visit(run, k, round, k in failing), order)
     for k, (down, result) in zip(order, visits, strict=True):
         for message in down: run.meter.add('down', message, k)
@@ -203,9 +205,11 @@ def run_round(
         if result.message is None:
             problems[k] = result.log['failed']
             continue
+        try: receive(run.server, result.message, k)
+        except WireError as why:
+            problems[k] = str(why)
+            continue
         run.meter.add('up', result.message, k)
-        try: receive(run.server, result.message, round)
-        except WireError as why: problems[k] = str(why)
     line = dict(round=round + 1, sampled=len(chosen), arrived=aggregate(run.server))
     return line | dict(failed={str(k): v for k, v in problems.items()}) | summary_of(logs)
 

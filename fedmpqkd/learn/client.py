@@ -23,7 +23,7 @@ from .step import TrainState, local_step, make_optimizer
 from .task import Task
 from .teacher import alpha_at, remembers, teacher_state, temperature_at
 from ..models.vision import Layout
-from ..quant.bits import RULES, Rule, lasso_moved, moved_share, reduce_precision
+from ..quant.bits import RULES, Rule, emptied_share, lasso_moved, moved_share, reduce_precision
 from ..quant.quantize import Planes, quantize
 from ..wire.format import Manifest, Message, WireError, decode, encode
 from ..wire.messages import ASSIGNMENT, codebook_names
@@ -80,7 +80,7 @@ def prepare(
 ) -> tuple[TrainState, list[Planes]]:  # ready to train; the quantised weights at the start
     "Student, rule, teacher and optimiser of one local round."
     entries, round = down[0].entries, work.round
-    replica.load({n: e for n, e in entries.items() if isinstance(e, Tensor) and n in replica.state})
+    replica.load({n: e for n, e in entries.items() if isinstance(e, Tensor)})
     quantised = config.update != 'fp32'
     planes = starting_planes(entries, replica.layout, config, round, work.client) if quantised else []
     rule = _rule_of(replica, config, work, planes) if quantised else None
@@ -105,7 +105,7 @@ def begin(
 ) -> tuple[TrainState, list[Planes], Recorded | None]:  # a recorded step where there can be one
     "Everything that a local round trains with."
     train_state, before = prepare(replica, config, work, down, clock)
-    if not recordable(config, replica.device) or len(work.index) < config.batch_size:
+    if replica.draws or not recordable(config, replica.device) or len(work.index) < config.batch_size:
         return train_state, before, None
     bits = [layer.bits for layer in train_state.rule.layers] if train_state.rule else []
     key = (train_state.alpha, train_state.temperature, *bits)
@@ -128,7 +128,7 @@ def train(
     c, g = train_state.config, torch_rng(train_state.config.seed, 'loader', work.round, work.client)
     for epoch in range(c.local_epochs):
         if epoch and train_state.teacher and c.teacher_refresh == 0: train_state.teacher.load(replica.state)
-        for position, *view in task.epoch(len(index), c.batch_size, g):
+        for position, *view in task.epoch(len(index), c.batch_size, g, c.min_batch):
             train_state.totals['steps'] += 1
             if recorded and len(position) == c.batch_size:
                 recorded(index[position], *view)
@@ -190,7 +190,7 @@ def training_log(
     steps = totals['steps']
     mean = {name: float(totals[name]) / max(1, steps) for name in ('loss', 'kd')}
     log: dict[str, Any] = dict(steps=steps, skipped=int(totals['skipped']), **mean)
-    if before: log['moved'] = moved_share(before, after)
+    if before: log |= dict(moved=moved_share(before, after), emptied=emptied_share(before))
     if before and c.update == 'signed-planes' and c.lambda_b:
         total, middle = sum(p.levels.numel() for p in before), before[len(before) // 2]
         weight = c.lambda_b * middle.bits * middle.levels.numel() / total
@@ -198,7 +198,7 @@ def training_log(
     return log
 
 # %% ../../nbs/learn/09e_client.ipynb #aa19fa14
-# long: one round in one place
+# long: from bytes to bytes in one piece
 def local_round(
     replica: Replica,  # a worker's networks
     config: RunConfig,  # the method
@@ -212,7 +212,7 @@ def local_round(
     with clock('wire'): received = [decode(d, manifest) for d in down]
     with clock('quantise'):
         train_state, before, recorded = begin(replica, config, task, work, received, clock)
-    train(replica, train_state, task, work, recorded)
+    with replica.layers(work.round, work.client): train(replica, train_state, task, work, recorded)
     with clock('quantise'): after = finished_planes(train_state, work)
     log = training_log(train_state, before, after) | dict(seconds=clock.seconds)
     memory = teacher_state(config, work.round, received, work.memory) if remembers(config) else {}
@@ -220,8 +220,8 @@ def local_round(
         try:
             entries = uplink_entries(replica, config, after)
             if config.uplink != 'model':
-                compressed, memory = update_entries(replica, config, work, received[0])
-                entries |= compressed
+                compressed, residual = update_entries(replica, config, work, received[0])
+                entries, memory = entries | compressed, residual if config.error_feedback else memory
             message = encode(Message(0, work.round, work.client, len(work.index), entries), manifest)
         except WireError as why: return Result(None, log | dict(failed=str(why)), work.memory)
     return Result(message, log, memory)

@@ -80,7 +80,7 @@ class BatchTeacher:
 
     def load(self, state: dict[str, Tensor]) -> None:
         "Begin a round, or an epoch."
-        self.model.load_state_dict(state)
+        self.model.load_state_dict(self.model.state_dict() | state)  # constants never travel
 
     @torch.no_grad()
     def __call__(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RULES', 'to_planes', 'plane_weights', 'group_lasso', 'kappa', 'Layer', 'Rule', 'SignedPlanes', 'msb_hinge',
            'hinge_gradient', 'Latent', 'IntegerSR', 'official_move', 'Official', 'moved_share', 'lasso_moved',
-           'reduce_precision', 'as_fraction', 'bit_statistics', 'prune_grow', 'uniform_bits', 'random_bits']
+           'reduce_precision', 'as_fraction', 'bit_statistics', 'prune_grow', 'emptied_share', 'uniform_bits',
+           'random_bits']
 
 # %% ../../nbs/quant/06_bits.ipynb #2c11383f
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.config import RunConfig
+from ..core.config import UPDATE_RULES, RunConfig
 from fedmpqkd.quant.quantize import (
     Planes,
     dequantize_all,
@@ -95,10 +96,19 @@ def _zeros(layer: Layer) -> Planes:
     zero = torch.zeros(layer.shown.shape, dtype=torch.uint8, device=layer.shown.device)
     return Planes(zero, torch.ones_like(zero, dtype=torch.int8), float(layer.scale), 0)
 
+# %% ../../nbs/quant/06_bits.ipynb #a35a4af5
+def _give_scale(layers: Sequence[Layer]) -> None:
+    "The scale of PyTorch's initialisation for layers of zeros, which have none of their own."
+    for layer in layers:
+        units = layer.shown.shape[0] if layer.shown.dim() > 1 else 1
+        usual = (units / layer.shown.numel()) ** 0.5  # one over the root of a unit's inputs
+        layer.scale.copy_(torch.where(layer.scale == 0, usual, layer.scale))
+
 # %% ../../nbs/quant/06_bits.ipynb #f8dfc4c3
 class Rule:
     # long: what an update rule does, in one place
     "How the quantised weights of one student learn; this one leaves them alone."
+    own_step = True  # False: the ordinary optimiser moves the weights of `shadows`
 
     def __init__(
         self,
@@ -213,6 +223,7 @@ class SignedPlanes(Rule):
         self.owner = torch.repeat_interleave(repeats).to(device)  # the layer of each plane
         self.penalty = torch.tensor([x.penalty for x in self.live]).to(device)[self.owner]
         _start_planes(self.layers, planes)
+        if self.config.bit_lr == 'plain' or self.config.scale_update != 'overflow': _give_scale(self.live)
 
     def receive(self, grads: Sequence[Tensor]) -> None:
         "One step of every layer."
@@ -253,6 +264,7 @@ def hinge_gradient(layer: Layer) -> Tensor | float:
 # %% ../../nbs/quant/06_bits.ipynb #33575adc
 class Latent(Rule):
     "One full-precision weight behind each quantised one, trained by the ordinary optimiser."
+    own_step = False
 
     def shadows(self) -> list[Tensor]:
         "The latent weights."
@@ -273,6 +285,7 @@ class IntegerSR(Rule):
     def start(self, planes: Sequence[Planes]) -> None:
         for layer in self.layers:
             layer.state['momentum_buffer'] = torch.zeros_like(layer.value)
+        _give_scale(self.live)
 
     def step(self, layer: Layer, g: Tensor) -> None:
         top = 2**layer.bits - 1
@@ -338,12 +351,13 @@ class Official(Rule):
         layer.value.copy_(layer.scale * sign * (c @ planes))
 
 # %% ../../nbs/quant/06_bits.ipynb #9ce65750
-RULES: dict[str, type[Rule]] = {
+RULES: dict[str, type[Rule]] = UPDATE_RULES  # made where configurations are checked: a new name is allowed
+RULES.update({
     'signed-planes': SignedPlanes,
     'latent': Latent,
     'int-sr': IntegerSR,
     'official': Official,
-}
+})
 
 
 def _changed(a: Planes, b: Planes) -> Tensor:
@@ -479,6 +493,18 @@ def prune_grow(
             b[layer] += 1
             total += unit[layer]
     return b
+
+# %% ../../nbs/quant/06_bits.ipynb #e7281f79
+def emptied_share(
+    planes: Sequence[Planes],  # the quantised weights of a model
+    zeros: float = 0.95,  # a layer with a larger share of zeros counts as empty
+) -> float:  # between 0 and 1
+    "Share of the weights that are in layers of which hardly anything is left."
+    def empty(p: Planes) -> bool:
+        return not p.bits or p.levels.numel() - int(p.levels.count_nonzero()) > zeros * p.levels.numel()
+
+    total = sum(p.levels.numel() for p in planes)
+    return sum(p.levels.numel() for p in planes if empty(p)) / max(1, total)
 
 # %% ../../nbs/quant/06_bits.ipynb #ab4f4a28
 def uniform_bits(

@@ -7,11 +7,11 @@ __all__ = ['AXES', 'Axis', 'as_label', 'along', 'starts', 'variants', 'find_axis
            'run_axis']
 
 # %% ../../nbs/study/16d_axes.ipynb #d2a36d91
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
-from ..core.config import as_list
+from ..core.config import as_list, as_typed
 from fedmpqkd.study.experiments import (
     EXPERIMENTS,
     Outcome,
@@ -218,8 +218,9 @@ def run_axis(
     "Run what is missing along an axis."
     device = choose_device(device)
     given = {k: v for k, v in how.items() if v not in (None, '')} | parse_fields(fields)
+    rounds = as_typed('rounds', int, given.get('rounds', 0))
     preset, why = choose_preset(EXPERIMENTS['exp3'], preset, device, data_dir)
-    chosen = axis_points(axis, preset, int(given.get('rounds', 0)), points)
+    chosen = axis_points(axis, preset, rounds, points)
     check_free(axis, chosen, given)
     print(f'axis {axis} ({AXES[axis].title}), preset {preset} ({why}), points {", ".join(chosen)}')
 
@@ -228,6 +229,7 @@ def run_axis(
         own = {name: value for name, value in values.items() if name != 'methods'}
         print(f'{label}: {", ".join(f"{name}={value}" for name, value in own.items()) or "as Experiment 1"}')
         outcome = run_experiment('exp3', preset, methods or values['methods'], data_dir=data_dir,
-                                 device=device, fields=fields, **how | own)
+                                 device=device, fields=fields, point=values, **how | own)
         outcomes.append((label, outcome))
-    return outcomes
+    whole = set(chosen) == set(axis_points(axis, preset)) and all(o.declared for _, o in outcomes)
+    return [(label, replace(outcome, declared=whole)) for label, outcome in outcomes]

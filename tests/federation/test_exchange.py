@@ -693,10 +693,13 @@ def test_a_client_speaks_for_itself_only(played):
     "Logits under another client's number are refused: each client is heard once."
     whole = played('logits-only')
     pool, public = Average(), public_of(whole.run.config)
+    whole.run.server.expect(0, {0: 9, 1: 9})
     up = encode(Message(0, 0, 1, 9, {LOGITS: torch.ones(P, C)}), manifest_of_logits())
-    with pytest.raises(WireError, match='logits of client 1 from client 0'):
-        take(whole.run, 0, Answer(up=(up,)), public, pool, 0)
-    take(whole.run, 1, Answer(up=(up,)), public, pool, 0)
+    with pytest.raises(WireError, match='a message of client 1 from client 0'):
+        take(whole.run, 0, Answer(up=(up,)), public, pool)
+    take(whole.run, 1, Answer(up=(up,)), public, pool)
+    with pytest.raises(WireError, match='a second message of client 1'):
+        take(whole.run, 1, Answer(up=(up,)), public, pool)
     assert pool.clients == 1
 
 

@@ -26,6 +26,7 @@ from fedmpqkd.quant.bits import (
     SignedPlanes,
     as_fraction,
     bit_statistics,
+    emptied_share,
     group_lasso,
     kappa,
     lasso_moved,
@@ -605,6 +606,7 @@ def test_the_server_gives_an_emptied_layer_bits_again(world):
     assert gone.bits == 0
     message = encode(Message(0, 0, 0, 10, entries | {'fc.weight': gone}), manifest)
     assert len(message) == len(downlink(server, 0, 0)[0]) - 5 * 80  # nothing but the scale crosses for it
+    server.expect(0, {0: 10})
     receive(server, message, 0)
     aggregate(server)
     at = replica.layout.quantized.index('fc.weight')
@@ -634,6 +636,7 @@ def test_with_a_rate_of_zero_everything_comes_back(world, name, bits):
     replica, _, manifest, state = world
     config = RunConfig(model='resnet8', clients=3, bits=bits, assignment='prune-grow', update='signed-planes')
     server = Server(config, replica.layout, state)
+    server.expect(0, dict(enumerate((5, 200, 31))))
     for k, n in enumerate((5, 200, 31)):
         sent, result, _ = client_round(
             world, state, [bits] * 8, images=16, lr=0, prune_threshold=0, **VARIANTS[name]
@@ -644,7 +647,7 @@ def test_with_a_rate_of_zero_everything_comes_back(world, name, bits):
             came, went = back.entries[layer].dequantize(), sent.entries[layer].dequantize()
             grows = name in ('overflow', 'plain')  # the scale is at least the sum of the planes, which rounds
             assert torch.equal(came, went) or (grows and torch.allclose(came, went, rtol=2**-22, atol=0))
-        receive(server, encode(Message(0, 0, k, n, back.entries), manifest), 0)
+        receive(server, encode(Message(0, 0, k, n, back.entries), manifest), k)
     assert aggregate(server) == 3
     values = sent.dense()
     for layer in (*replica.layout.quantized, *replica.layout.others):
@@ -701,3 +704,79 @@ def test_stochastic_uplinks_are_right_on_average():
     u = layer.value.double().abs() / step % 1
     assert ((mean - layer.value).abs() <= 5 * step * (u * (1 - u) / 400).sqrt() + 1e-5).all()
     assert not torch.allclose(rule.finish()[0].dequantize(), layer.value, atol=0.1 * step)  # nearest is not
+
+
+# --- layers that start at zero ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('fields', [
+    dict(update='int-sr'), dict(update='latent'), dict(update='signed-planes'),
+    dict(update='signed-planes', bit_lr='plain'), dict(update='signed-planes', scale_update='fixed'),
+    dict(update='signed-planes', bit_lr='plain', scale_update='sgd')], ids=lambda f: '-'.join(f.values()))
+@pytest.mark.parametrize('shape', [(8, 2, 3, 3), (8, 18), (18,)])
+def test_a_layer_of_zeros_learns(fields, shape):
+    "Against the gradient, visibly; its first scale is that of a layer that PyTorch initialises."
+    g, shown = draw(4, *shape), torch.empty(shape)
+    config = RunConfig(lr=0.1, lambda_b=0.01, **fields)
+    rule = RULES[config.update](config, [quantize(torch.zeros(shape), 4)], [shown],
+                                torch.Generator().manual_seed(0))
+    assert not shown.any()
+    usual = nn.Linear(18, 500).weight.abs().max().item()  # uniform up to one over the root of the inputs
+    if config.update == 'int-sr' or len(fields) > 1:
+        assert rule.layers[0].scale.item() == pytest.approx(usual, rel=1e-3)
+    optimizer = torch.optim.SGD(rule.shadows(), 0.1) if rule.shadows() else None
+    for _ in range(10):
+        rule.receive([g])
+        if optimizer: optimizer.step()
+        rule.show()
+    assert shown.abs().max() > 0.01 and (shown * g).sum() < 0
+    (sent,) = rule.finish()
+    assert torch.allclose(sent.dequantize(), shown, atol=1e-6) and sent.levels.any()
+
+
+def test_a_layer_that_is_not_zero_keeps_its_scale():
+    for update in ('int-sr', 'signed-planes'):
+        config = RunConfig(update=update, bit_lr='plain')
+        rule = RULES[update](config, [quantize(torch.tensor([[1e-6, -2e-6]]), 4)], [torch.empty(1, 2)],
+                             torch.Generator())
+        assert rule.layers[0].scale.item() == pytest.approx(2e-6)
+
+
+# --- the largest layer's last bit ---------------------------------------------------------------------------
+
+
+@many
+@given(st.integers(0, 10**6), st.integers(1, 8))
+def test_the_first_plane_is_what_exceeds_half_of_the_largest_weight(seed, bits):
+    "So its share, and with it whether a layer loses a bit, is the same at every number of bits."
+    w = draw(seed, 400).double()
+    half = w.abs().max() / 2
+    assume(((w.abs() - half).abs() > 1e-4).all())
+    assert torch.equal(to_planes(quantize(w, bits).levels, bits)[0].bool(), w.abs() > half)
+
+
+def test_bits_that_the_largest_layer_gave_do_not_come_back():
+    sizes, held, path = [432, 4608, 5120], [4, 4, 4], []
+    for round in range(8):
+        left = [*held[:2], max(1, held[2] - 1) if round < 4 else held[2]]  # no losses from round 4 on
+        losses = [b - n for b, n in zip(held, left, strict=True)]
+        mean_bits, mean_loss = bit_statistics([left], [losses], [100], [4])
+        held = prune_grow(mean_bits, [d * n for d, n in zip(sizes, mean_loss, strict=True)], sizes, 4)
+        path.append(held)
+    assert path[:3] == [[8, 4, 3], [8, 5, 2], [8, 6, 1]] and path[3:] == [[8, 6, 1]] * 5
+
+
+def test_emptied_share_by_hand():
+    def layer(zeros: int, of: int, bits: int = 1) -> Planes:
+        return planes_of([0] * zeros + [1] * (of - zeros), bits)
+
+    assert emptied_share([layer(96, 100), layer(10, 300)]) == 0.25
+    assert emptied_share([layer(95, 100), layer(95, 100, 0)]) == 0.5  # 95 % is not over 95 %; no bits are
+    assert emptied_share([]) == 0
+
+
+def test_adamw_asks_the_rule_whether_it_steps_itself():
+    assert {name for name, rule in RULES.items() if not rule.own_step} == {'latent'}
+    assert RunConfig(update='latent', optimizer='adamw', lr=0.01).optimizer == 'adamw'
+    with pytest.raises(ValueError, match='int-sr has a step of its own'):
+        RunConfig(update='int-sr', optimizer='adamw')

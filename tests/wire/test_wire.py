@@ -581,3 +581,43 @@ def test_a_large_model_is_quick():
     assert same(entry, got)
     assert len(data) == 35 + 6 + 4 + 5 * ceil(d / 8)
     assert max(middle - start, end - middle) < 1
+
+
+# --- canonical bytes ----------------------------------------------------------------------------------------
+
+
+def test_the_sign_of_a_zero_does_not_cross():
+    "Neither an encoder's nor a hand-written one: the body by hand, and +1 after decoding."
+    manifest, level = Manifest(('w',), ((8,),)), torch.tensor([0, 1, 0, 1, 0, 0, 1, 0], dtype=torch.uint8)
+    minus = -torch.ones(8, dtype=torch.int8)
+    plus = torch.where(level == 0, 1, -1).to(torch.int8)
+    for entry in (Planes(level, minus, 1.0, 1), Qsgd(level, minus, torch.ones(1), 2)):
+        data = encode(Message(0, 0, 0, 0, {'w': entry}), manifest)
+        assert data == encode(Message(0, 0, 0, 0, {'w': replace(entry, sign=plus)}), manifest)
+        assert decode(data, manifest).entries['w'].sign.tolist() == plus.tolist()
+    assert data[-6:-4] == bytes([0b00110011, 0b00001100])  # sign and level of each entry, two bits
+    data = encode(Message(0, 0, 0, 0, {'w': Planes(level, minus, 1.0, 1)}), manifest)
+    assert data[-6:-4] == bytes([0b01010010] * 2)  # plane of signs, plane of levels
+    written = reseal(data[:-6] + b'\xff' + data[-5:], manifest)  # all signs set, zeros' too
+    assert decode(written, manifest).entries['w'].sign.tolist() == plus.tolist()
+
+
+def test_a_plain_zero_has_no_sign_on_the_wire():
+    manifest = Manifest(('w',), ((2,),))
+    for dtype, body in ((torch.float32, bytes(4) + b'\0\0\x80\xbf'), (torch.float16, bytes(2) + b'\0\xbc')):
+        data = encode(Message(0, 0, 0, 0, {'w': torch.tensor([-0.0, -1.0], dtype=dtype)}), manifest)
+        assert data[37:-4] == body
+        first = 37 + len(body) // 2  # the byte with the first number's sign is in front of it
+        written = reseal(data[: first - 1] + b'\x80' + data[first:], manifest)
+        assert not torch.signbit(decode(written, manifest).entries['w'])[0]
+
+
+@pytest.mark.parametrize('bit', [1, 2, 3])
+def test_each_reserved_flag_is_refused(bit):
+    "One at a time, with the manifest's bits and the checksum as they belong."
+    manifest = Manifest(('w',), ((1,),))
+    data = bytearray(encode(Message(0, 0, 0, 0, {'w': torch.ones(1)}), manifest))
+    flags = struct.unpack_from('<H', data, 6)[0]
+    assert flags >> 1 & 7 == 0 and flags >> 4 == manifest.hash & 0xFFF
+    struct.pack_into('<H', data, 6, flags | 1 << bit)
+    with pytest.raises(WireError, match='reserved flags'): decode(reseal(bytes(data), manifest), manifest)
