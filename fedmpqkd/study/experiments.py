@@ -272,6 +272,7 @@ def open_job(job: Job) -> tuple[Dataset, Journal]:
 def _attempt(job: Job) -> Record | Claimed:
     "The record of a job, found or computed; or who is computing it."
     data, journal = open_job(job)
+    journal.tidy()
     if (done := journal.record()) is not None: return done
     c = _as_registered(job)
     progress = None if job.quiet else Progress(f'{c.method} seed {c.seed}', c.rounds)

@@ -132,6 +132,30 @@ def test_half_written_files_are_swept(tmp_path, step):
     assert sweep(tmp_path / "nowhere") == []
 
 
+def test_who_writes_a_file_next_removes_what_was_left_of_it(tmp_path):
+    "Also of a name with signs that mean something in patterns; not another's, nor what may be in the making."
+    old = (time.time() - 7200,) * 2
+    for name in ("state[1].pt", "state1.pt"):
+        for number in (1, 2):
+            left = tmp_path / f".{name}.{number}.5.tmp"
+            left.write_bytes(b"half")
+            if number == 1: os.utime(left, old)
+    write_atomic(tmp_path / "state[1].pt", b"all")
+    assert everything(tmp_path) == sorted([
+        "state[1].pt", ".state[1].pt.2.5.tmp", ".state1.pt.1.5.tmp", ".state1.pt.2.5.tmp"])
+
+
+def test_a_job_of_a_study_clears_up_behind_a_killed_one(tmp_path):
+    "Its record is there, so nothing is computed; the folder beside it goes all the same."
+    from fedmpqkd.study.experiments import Job, open_job, run_job
+    config = make_config("fedavg", dataset="digits", train_images=40, test_images=20, model="resnet8")
+    job = Job(config, str(tmp_path), "group", quiet=True)
+    data, journal = open_job(job)
+    journal.finish(dict(id=journal.id, config=plain(config), data=dict(fingerprint=data.fingerprint)))
+    with journal.claim(): pass
+    assert journal.folder.exists() and run_job(job)["id"] == journal.id and not journal.folder.exists()
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def full(handle): raise OSError(errno.ENOSPC, "no space left")
     monkeypatch.setattr(os, "fsync", full)
