@@ -362,7 +362,7 @@ def observe(
         bits, losses, samples, budgets = (list(column) for column in zip(*reports, strict=True))
         run.server.mean_bits, run.server.mean_loss = bit_statistics(bits, losses, samples, budgets)
 
-# %% ../../nbs/federation/12c_moshpit.ipynb #d2ed32ba
+# %% ../../nbs/federation/12c_moshpit.ipynb #2f224517
 @dataclasses.dataclass
 class Trained:
     "What the clients of a round have before they average."
@@ -371,6 +371,7 @@ class Trained:
     logs: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of those that do not fail
     failed: dict[str, str] = dataclasses.field(default_factory=dict)  # client -> why it has no message
 
+# %% ../../nbs/federation/12c_moshpit.ipynb #d2ed32ba
 def train_peers(
     run: Run,  # a federation at work
     chosen: list[int],  # sampled clients
