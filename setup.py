@@ -30,11 +30,12 @@ setuptools.setup(
     extras_require={
         "dev": cfg["dev_requirements"].split(),  # to read, run and test the notebooks
         "docs": cfg["docs_requirements"].split(),  # to build the site
+        "paper": cfg["paper_requirements"].split(),  # pandoc, for the sections of the paper
         "bench": cfg["bench_requirements"].split(),  # the other framework that the speed page compares with
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{lib} = {lib}._modidx:d"],  # other nbdev projects may link to our symbols
-        "papermill.engine": [f"{lib} = {lib}.tools.papermill_plugin:StrictEngine"],  # see nbs/tools/80_papermill.ipynb
+        "papermill.engine": [f"{lib} = {lib}.tools.papermill_plugin:StrictEngine"],  # page 80
     },
 )

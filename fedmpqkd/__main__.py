@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .core.config import RunConfig
+from .core.journal import Damaged
 from .study import axes
 from .study.experiments import EXPERIMENTS, run_experiment
 
@@ -43,8 +44,10 @@ def parse(
             near = difflib.get_close_matches(name, known, 1)
             guess = f': did you mean --{near[0]}?' if near else ''
             raise SystemExit(f'unknown option {word!r}{guess}\nknown: {", ".join(known)}')
-        values[name] = value if equals else next(rest, '')
-    if 'workers' in values: values['workers'] = int(values['workers'])
+        if name in values: raise SystemExit(f'--{name} is there twice')
+        if not equals: value = next(rest, '--')
+        if not equals and value.startswith('--'): raise SystemExit(f'--{name} needs a value')
+        values[name] = value
     return values
 
 # %% ../nbs/tools/81_command.ipynb #61355518
@@ -70,8 +73,20 @@ def run_along(values: dict[str, Any]) -> tuple[str, Writer]:
     return text, lambda: write_axis(axis, outcomes)
 
 # %% ../nbs/tools/81_command.ipynb #26518af5
+def _never_fail_to_print() -> None:
+    "Signs that a stream's encoding lacks become question marks."
+    for stream in (sys.stdout, sys.stderr):
+        change = getattr(stream, 'reconfigure', None)  # notebooks and tests have streams of their own
+        if change: change(errors='replace')
+
+def _files(write: Writer) -> list[str]:
+    "Write the files for the paper; a line for each."
+    try: return [f'wrote {path}' for path in write()]
+    except ImportError as why: return [f'no table and figure for the paper here: {why}']
+
 def main(argv: list[str] | None = None) -> None:
     "Entry point of the command `fedmpqkd`."
+    _never_fail_to_print()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ('-h', '--help'):
         print(f'usage: fedmpqkd {{{",".join(EXPERIMENTS)}}} [--option value ...]\n')
@@ -81,13 +96,10 @@ def main(argv: list[str] | None = None) -> None:
     values = parse(argv[1:])
     try:
         text, write = run_along(values) if argv[0] == 'exp3' else run_one(argv[0], values)
-    except (ValueError, FileNotFoundError) as why:
+        said = ['\n' + text, *_files(write)]
+    except (ValueError, OSError, Damaged) as why:
         raise SystemExit(f'fedmpqkd: {why}') from None
-    print('\n' + text)
-    try:
-        for path in write(): print('wrote', path)
-    except ImportError as why:
-        print(f'no table and figure for the paper here: {why}')
+    print('\n'.join(said))
 
 # %% ../nbs/tools/81_command.ipynb #052f48c4
 if __name__ == '__main__' and '__file__' in globals(): main()

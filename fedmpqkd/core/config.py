@@ -119,6 +119,8 @@ class TrainingConfig:
     "How a client trains."
     local_epochs: int = setting(1, 'E', POSITIVE)
     batch_size: int = setting(64, 'samples a step', interval('[2, inf]', 'at least 2'))
+    min_batch: int = setting(2, 'a last batch of fewer samples joins the one before it',
+                             interval('[2, inf]', 'at least 2'))
     optimizer: str = setting('sgd', 'of the full-precision parameters and of latent weights', one_of('sgd',
                              'adamw'))
     lr: float = setting(0.1, 'learning rate, constant', FINITE)

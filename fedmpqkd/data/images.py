@@ -189,7 +189,7 @@ def _label_array(
     split: str,  # 'train' or 'test', for the message
 ) -> np.ndarray:  # int64 or text [N]
     "Labels as whole numbers or as words."
-    array = np.asarray([v.item() if hasattr(v, 'item') else v for v in y])
+    array = y if isinstance(y, np.ndarray) else np.asarray([v.item() if hasattr(v, 'item') else v for v in y])
     if array.ndim != 1: raise ValueError(f'{split} labels: one an image, not {list(array.shape)}')
     if array.dtype.kind == 'f' and (array == np.rint(array)).all(): array = array.astype(np.int64)
     if array.dtype.kind in 'biu' or not len(array): return array.astype(np.int64)

@@ -12,9 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.config import RunConfig, as_typed, config_from
+from ..core.config import DISTILL_LOSSES, RunConfig, as_typed, config_from
 from ..core.usercode import code_of
-from ..learn.distill import DISTILL_LOSSES
 from ..models.vision import _MODELS, BUILT_IN
 from ..quant.bits import RULES
 
@@ -147,6 +146,7 @@ def denied(
     recipe = RECIPES.get(method, {})
     return {n: recipe[n] for n, v in wishes.items() if n in recipe and not same_value(n, v, recipe[n])}
 
+# %% ../../nbs/federation/11_methods.ipynb #c26df03a
 def check_wishes(
     method: str,  # a recipe's name
     wishes: Mapping[str, Any],  # field -> value

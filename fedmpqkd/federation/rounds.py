@@ -182,12 +182,12 @@ def summary_of(logs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for phase, s in log['seconds'].items(): phases[phase] = phases.get(phase, 0.0) + s
     return line | dict(phases=phases)
 
-# %% ../../nbs/federation/12a_rounds.ipynb #d989df47
+# %% ../../nbs/federation/12a_rounds.ipynb #66d27c9b
 def longest_first(chosen: Iterable[int], sizes: Sequence[int]) -> list[int]:
     "Clients by falling number of samples."
     return sorted(chosen, key=lambda k: -sizes[k])
 
-# %% ../../nbs/federation/12a_rounds.ipynb #66d27c9b
+# %% ../../nbs/federation/12a_rounds.ipynb #6bcd8bfc
 def run_round(
     run: Run,  # changed: its server has a new model afterwards
     round: int,  # from 0

@@ -128,7 +128,7 @@ def train(
     c, g = train_state.config, torch_rng(train_state.config.seed, 'loader', work.round, work.client)
     for epoch in range(c.local_epochs):
         if epoch and train_state.teacher and c.teacher_refresh == 0: train_state.teacher.load(replica.state)
-        for position, *view in task.epoch(len(index), c.batch_size, g):
+        for position, *view in task.epoch(len(index), c.batch_size, g, c.min_batch):
             train_state.totals['steps'] += 1
             if recorded and len(position) == c.batch_size:
                 recorded(index[position], *view)
@@ -198,7 +198,7 @@ def training_log(
     return log
 
 # %% ../../nbs/learn/09e_client.ipynb #aa19fa14
-# long: one round in one place
+# long: from bytes to bytes in one piece
 def local_round(
     replica: Replica,  # a worker's networks
     config: RunConfig,  # the method
@@ -221,8 +221,7 @@ def local_round(
             entries = uplink_entries(replica, config, after)
             if config.uplink != 'model':
                 compressed, residual = update_entries(replica, config, work, received[0])
-                entries |= compressed
-                if config.error_feedback: memory = residual  # a configuration has one or the other
+                entries, memory = entries | compressed, residual if config.error_feedback else memory
             message = encode(Message(0, work.round, work.client, len(work.index), entries), manifest)
         except WireError as why: return Result(None, log | dict(failed=str(why)), work.memory)
     return Result(message, log, memory)

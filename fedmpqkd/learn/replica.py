@@ -215,11 +215,11 @@ class Replica:
         self.own, parameters = self.model.state_dict(), dict(self.model.named_parameters())
         self.weights = [parameters[n] for n in self.layout.quantized]
         self.others = [parameters[n] for n in self.layout.others]
-        few = task.plain(torch.arange(min(8, len(task.labels))))[0]
-        self.folded = Folded(self.model, None if self.device.type == 'meta' else few.to(self.device))
         usual = all(t.dtype in (torch.float32, torch.int64) for t in self.own.values())
         fixed = self.device.type == 'meta' or not replaces(self.model, task, self.device)
         self.simple = usual and fixed  # these tensors are the state, for ever
+        few = task.plain(torch.arange(min(8, len(task.labels))))[0]
+        self.folded = Folded(self.model, None if self.device.type == 'meta' else few.to(self.device))
         self.recorded: dict[tuple[Any, ...], Any] = {}  # steps of a GPU, see the page on recorded steps
         self.companion = self._companion(config)
         self.remarks = [remark] if remark else []  # what a run should say once

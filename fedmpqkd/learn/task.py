@@ -52,8 +52,10 @@ class Task(ABC):
         "The network, initialised from the seed's stream `init`."
 
     @abstractmethod
-    def epoch(self, n: int, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
-        "Views of a client's n samples, batch by batch: positions 0..n-1 first."
+    def epoch(
+        self, n: int, batch_size: int, generator: torch.Generator, min_batch: int = 2,
+    ) -> Iterator[tuple[Tensor, ...]]:
+        "Views of a client's n samples: positions 0..n-1 first; a small last batch joins another."
 
     @abstractmethod
     def batch(self, index: Tensor, *view: Tensor) -> tuple[Tensor, Tensor]:

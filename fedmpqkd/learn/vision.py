@@ -29,13 +29,14 @@ def epoch_batches(
     batch_size: int,  # images a step
     generator: torch.Generator,  # of the stream 'loader'
     flip: bool = True,  # may images be mirrored?
+    min_batch: int = 2,  # a last batch of fewer samples joins the one before it
     device: str | torch.device = 'cpu',  # where the batches are wanted; one transfer an epoch
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # positions 0..n-1, dy, dx, flipped
     "The batches of one epoch."
     drawn = torch.randperm(n, generator=generator), *draw_views(n, generator, flip=flip)
     order, *views = (t.to(device) for t in drawn)  # [n] each
     cuts = list(range(0, n, batch_size))
-    if len(cuts) > 1 and n - cuts[-1] == 1: cuts.pop()
+    if len(cuts) > 1 and n - cuts[-1] < min_batch: cuts.pop()
     for start, stop in zip(cuts, [*cuts[1:], n], strict=True):
         part = order[start:stop]
         dy, dx, flipped = (v[part] for v in views)
@@ -51,7 +52,8 @@ def local_batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # as `epoch_batches`
     "The batches of one local round."
     g = torch_rng(config.seed, 'loader', round, client)
-    for _ in range(config.local_epochs): yield from epoch_batches(n, config.batch_size, g, flip)
+    for _ in range(config.local_epochs):
+        yield from epoch_batches(n, config.batch_size, g, flip, config.min_batch)
 
 # %% ../../nbs/learn/09a_vision.ipynb #0c1d4fa3
 # long: the interface in one piece
@@ -74,9 +76,11 @@ class VisionTask(Task):
         act = None if config.act_bits == 32 else lambda: QuantAct(config.act_bits)
         return build_model(config.model, self.classes, config.seed, act=act)
 
-    def epoch(self, n: int, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
+    def epoch(
+        self, n: int, batch_size: int, generator: torch.Generator, min_batch: int = 2,
+    ) -> Iterator[tuple[Tensor, ...]]:
         "Positions, shifts and mirrors, on the device."
-        return epoch_batches(n, batch_size, generator, self.data.flip, self.device)
+        return epoch_batches(n, batch_size, generator, self.data.flip, min_batch, self.device)
 
     def batch(self, index: Tensor, *view: Tensor) -> tuple[Tensor, Tensor]:
         "Augmented, normalised images [B, 3, 32, 32] in channels_last memory, and their labels [B]."

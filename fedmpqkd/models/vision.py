@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['relu', 'BUILT_IN', 'TURNS', 'CONVOLUTIONS', 'WEIGHTED', 'PadShortcut', 'make_shortcut', 'BasicBlock', 'ResNet',
-           'mobilenetv2', 'vit', 'register_model', 'model_names', 'generators', 'seeded', 'build_model', 'is_quantized',
-           'quantized_names', 'travels', 'Layout', 'layout', 'trace_shapes', 'layer_macs', 'count_macs',
+           'mobilenetv2', 'vit', 'small_cnn', 'register_model', 'model_names', 'generators', 'seeded', 'build_model',
+           'is_quantized', 'quantized_names', 'travels', 'Layout', 'layout', 'trace_shapes', 'layer_macs', 'count_macs',
            'count_parameters', 'attention_macs', 'count_bops', 'PointwiseConv2d', 'use_pointwise_matmul',
            'DepthwiseConv2d', 'use_tiny_depthwise', 'FoldedPair', 'portions', 'difference', 'Folded', 'fold_batchnorm']
 
@@ -149,8 +149,20 @@ def vit(
     return VisionTransformer(img_size=32, patch_size=4, num_classes=classes,
                              embed_dim=dim, depth=depth, num_heads=heads)
 
+# %% ../../nbs/models/04_vision.ipynb #714d63ab
+def small_cnn(
+    classes: int,  # outputs
+    act: Callable[[], nn.Module] = relu,  # makes the activations
+) -> nn.Module:
+    "About 10,000 weights, for images that are easy."
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), act(),  # [B, 16, 16, 16]
+        nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), act(),  # [B, 32, 8, 8]
+        nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, classes))  # [B, classes]
+
 # %% ../../nbs/models/04_vision.ipynb #92dd06bc
 _MODELS: dict[str, Callable[..., nn.Module]] = {
+    'cnn': small_cnn,
     'resnet8': partial(ResNet, 1),
     'resnet8-A': partial(ResNet, 1, option='A'),
     'resnet20': partial(ResNet, 3),

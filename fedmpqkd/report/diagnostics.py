@@ -52,7 +52,7 @@ def replay(
     for epoch in range(config.local_epochs):
         if epoch and train_state.teacher and config.teacher_refresh == 0:
             train_state.teacher.load(replica.state)
-        for position, *views in data.epoch(len(work.index), config.batch_size, g):
+        for position, *views in data.epoch(len(work.index), config.batch_size, g, config.min_batch):
             x, y = data.batch(work.index[position], *views)  # [B, 3, 32, 32], [B]
             yield train_state, x, y
             local_step(replica, train_state, x, y)

@@ -51,7 +51,7 @@ class Experiment:
 
 # %% ../../nbs/study/16b_experiments.ipynb #046298eb
 _SMOKE = dict(dataset='digits', train_images=400, test_images=200, model='resnet8', clients=4, rounds=3,
-              eval_images=0, precision='fp32', public_images=40)
+              eval_images=0, precision='fp32', public_images=40, min_batch=8)
 _FOUR = 'fedavg,qat-uniform,fedmpq,fedmpq-kd'
 _NINE = ('fedavg,fedmpq,fedmpq-kd,qat-uniform,fedmpq-kd-delivered,fedpaq,fedpq,'
          'fedmpq-plain,fedmpq-kd-plain')
@@ -61,10 +61,11 @@ EXP1 = Experiment(
     dict(dataset='cifar10', model='resnet20', clients=10, dirichlet=0.5, local_epochs=1, batch_size=64,
          lr=0.1, bits=4, lambda_b=0.01, alpha=0.5, temperature=2.0, rounds=50, public_images=5000),
     dict(smoke=_SMOKE | dict(methods=_FOUR, seeds='0'),
-         mini=dict(train_images=2000, test_images=1000, eval_images=500, rounds=10, methods=_FOUR, seeds='0'),
+         mini=dict(train_images=2000, test_images=1000, eval_images=500, rounds=10, methods=_FOUR, seeds='0',
+                   min_batch=8),
          study=dict(train_images=4000, test_images=2000, eval_images=500, rounds=20, precision='fp32',
                     public_images=400, methods=_NINE, seeds='0,1,2'),
-         paper=dict(eval_images=0, methods=_NINE, seeds='0,1,2,3,4')))
+         paper=dict(eval_images=0, methods=_NINE, seeds='0,1,2,3,4', min_batch=8)))
 
 # %% ../../nbs/study/16b_experiments.ipynb #d5716c33
 _FIVE = 'fedmpq,fedmpq-kd,qat-uniform,fedkd,fedmpq-kd-high,fedavg'
@@ -78,10 +79,10 @@ EXP2 = Experiment(
          rounds=100, validation=0.05, public_images=5000, stress='all'),
     dict(smoke=_SMOKE | dict(participation=0.75, dropout=0.34, stress='attacks', methods=_FIVE, seeds='0'),
          mini=_COARSE | dict(train_images=4000, test_images=1000, eval_images=500, rounds=4,
-                             public_images=200, warm_start='public:10', seeds='0'),
+                             public_images=200, warm_start='public:10', seeds='0', min_batch=8),
          study=_COARSE | dict(train_images=12000, test_images=2000, eval_images=500, rounds=12,
                               public_images=600, warm_start='public:40', seeds='0,1,2'),
-         paper=dict(eval_images=0, methods=_FIVE, seeds='0,1,2,3,4')))
+         paper=dict(eval_images=0, methods=_FIVE, seeds='0,1,2,3,4', min_batch=8)))
 
 # %% ../../nbs/study/16b_experiments.ipynb #a03801a9
 _SMALL = dict(train_images=2000, test_images=1000, eval_images=500, public_images=200, methods=_FOUR)
@@ -90,9 +91,9 @@ EXP3 = Experiment(
     'Experiment 3: one axis at a time around Experiment 1',
     EXP1.fields,
     dict(smoke=EXP1.presets['smoke'] | dict(methods=_FOUR, seeds='0'),
-         mini=_SMALL | dict(rounds=10, seeds='0'),
+         mini=_SMALL | dict(rounds=10, seeds='0', min_batch=8),
          study=_SMALL | dict(rounds=8, precision='fp32', seeds='0,1,2'),
-         paper=dict(eval_images=0, methods=_FOUR, seeds='0,1,2,3,4')),
+         paper=dict(eval_images=0, methods=_FOUR, seeds='0,1,2,3,4', min_batch=8)),
     tuned_by='exp1')
 
 EXPERIMENTS: dict[str, Experiment] = {'exp1': EXP1, 'exp2': EXP2, 'exp3': EXP3}
@@ -104,7 +105,7 @@ def choose_device(
     "The GPU if there is one."
     if device == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
     if device.startswith('mps'):
-        raise ValueError(f'device={device!r} cannot be used: training needs float64, which MPS lacks; take cpu')
+        raise ValueError(f'device={device!r} cannot be used: MPS lacks float64, which training needs')
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as why:
@@ -206,6 +207,7 @@ def check_rows(
             said = ', '.join(f'{m} pins {p[name]}' for m, p in zip(methods, pinned, strict=True))
             raise ValueError(f'{name}={value}: no method here follows it ({said})')
 
+# %% ../../nbs/study/16b_experiments.ipynb #e8176aea
 def plan(
     experiment: Experiment,  # setting
     preset: str,  # scale
@@ -311,6 +313,7 @@ def _wait_for(busy: list[Claimed], told: set[str], wait: float) -> None:
               flush=True)
     time.sleep(wait)
 
+# %% ../../nbs/study/16b_experiments.ipynb #88de27fe
 def run_sweep(
     jobs: Iterable[Job],  # what to compute, most important first
     executor: Executor | None = None,  # who computes; None is this process

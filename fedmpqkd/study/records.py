@@ -6,13 +6,13 @@
 __all__ = ['Record', 'SETTING', 'load_records', 'config_of', 'select', 'check_comparable']
 
 # %% ../../nbs/study/16_records.ipynb #b1b299db
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..core.config import ALGORITHM_VERSION, RunConfig, config_from
+from ..core.journal import Damaged, read_record
 from ..federation.methods import EQUAL_BYTES, difference
 
 # %% ../../nbs/study/16_records.ipynb #76d19761
@@ -21,12 +21,10 @@ _PARTS = ('config', 'algorithm', 'data', 'summary', 'curve', 'environment')
 
 def _read(path: Path) -> Record:
     "One record, or an error that names the file."
-    try:
-        record: Record = json.loads(path.read_text(encoding='utf-8'))
-        lacking = [part for part in _PARTS if part not in record]
-        if lacking: raise ValueError(f'it has no {", ".join(lacking)}')
-    except (ValueError, TypeError) as why:
-        raise ValueError(f'{path} is damaged ({why}): delete it, and the run will be repeated') from None
+    record: Record = read_record(path)
+    lacking = [part for part in _PARTS if part not in record]
+    if lacking: raise Damaged(f'{path}: it has no {", ".join(lacking)}; restore the file, or delete it to '
+                              'compute the run again')
     return record
 
 # %% ../../nbs/study/16_records.ipynb #0b031ac3
@@ -37,7 +35,7 @@ def load_records(
 ) -> list[Record]:  # in the order of their file names; [] where there are none
     "The records of an experiment at one scale."
     found = []
-    for path in sorted((Path(results) / experiment / preset).glob('*.json')):
+    for path in sorted((Path(results).expanduser() / experiment / preset).glob('*.json')):
         record = _read(path)
         if record['algorithm'] == ALGORITHM_VERSION:
             found.append(record)
@@ -84,6 +82,8 @@ def _elsewhere(record: Record, other: Record) -> str:
         return f'{c.method} and {o.method} differ in {names}: use select(records, {fields[0]}=...)'
     if record['data']['fingerprint'] != other['data']['fingerprint']:
         return f'{c.method} (seed {c.seed}) saw other data than {o.method} (seed {o.seed})'
+    networks = [[part for part in x.extension.split('+') if part.startswith('model:')] for x in (c, o)]
+    if networks[0] != networks[1]: return f'{c.model} was another network for {c.method} than for {o.method}'
     return ''
 
 # %% ../../nbs/study/16_records.ipynb #c1feb038

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import as_list
-from ..core.journal import project_root, write_atomic
+from ..core.journal import project_root, read_record, write_atomic
 from .experiments import EXPERIMENTS, run_experiment, tuned_path
 from .records import Record
 
@@ -65,10 +65,10 @@ def tune(
     values = EXPERIMENTS[name].presets[preset]
     both = set(as_list(seeds)) & set(as_list(values['seeds']))
     if both: raise ValueError(f'seeds {sorted(both)} belong to the comparison')
-    results = Path(results_dir) if results_dir else project_root() / 'results'
+    results = Path(results_dir).expanduser() if results_dir else project_root() / 'results'
     chosen, points = as_list(methods) or as_list(values['methods']), grid_points(grid or dict(lr=RATES))
     path = tuned_path(results, name, preset)
-    choices = json.loads(path.read_text())['choices'] if path.exists() else {}
+    choices = read_record(path).get('choices', {}) if path.exists() else {}
     found = [run_experiment(name, preset, chosen, seeds, results_dir=str(results / 'tuning'),
                             validation=validation, stress='none', **how, **point).records for point in points]
     choices |= {method: _choice(method, points, found) for method in chosen}

@@ -4,7 +4,8 @@
     python nbs/_site/build.py            # build/site/index.html
     python nbs/_site/build.py --check    # warnings are errors, and every link must have an end
 
-Hidden cells and directive lines are left out. Nothing is executed and nothing is fetched: figures are those that are stored in the pages.
+Hidden cells and directive lines are left out. Nothing is executed, nothing is fetched: figures are those that
+the pages store.
 """
 import ast
 import importlib
@@ -16,14 +17,14 @@ import sys
 from pathlib import Path
 
 import nbformat
-import papermill  # noqa: F401  it imports our plug-in, which cannot be imported before it
+import papermill  # noqa: F401  imports our plug-in, which cannot come first
 from fastcore.docments import docments
 from readme import DIRECTIVE, ROOT, pages
 
 SITE = ROOT / "nbs" / "_site"
 SOURCE, TARGET = ROOT / "build" / "site-source", ROOT / "build" / "site"
-WINGS = ("core", "quant", "data", "models", "wire", "evaluate", "learn", "federation", "study", "report", "bench",
-         "tools")
+WINGS = ("core", "quant", "data", "models", "wire", "evaluate", "learn", "federation", "study", "report",
+         "bench", "tools")
 FRONT = re.compile(r"^- \w+: .*\n?", re.M)
 
 
@@ -35,7 +36,7 @@ def visible(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             marks = DIRECTIVE.findall(cell.source)
             if any(re.match(r"(hide|default_exp)\b", mark) for mark in marks): continue
-            if any(re.match(r"echo:\s*false", mark) for mark in marks): cell.metadata["tags"] = ["remove-input"]
+            if any(re.match(r"echo:\s*false", m) for m in marks): cell.metadata["tags"] = ["remove-input"]
             cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
             if not cell.source: continue
         if cell.cell_type != "raw": cells.append(cell)
@@ -115,7 +116,8 @@ def write_reference() -> list[str]:
 
 def toctree(caption: str, names: list[str]) -> str:
     "A chapter of the sidebar."
-    return "\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", ":maxdepth: 1", "", *names, "```", ""])
+    options = [":hidden:", f":caption: {caption}", ":maxdepth: 1"]
+    return "\n".join(["```{toctree}", *options, "", *names, "```", ""])
 
 
 def write_index(found: dict[str, list[str]], api: list[str]) -> None:
@@ -137,7 +139,8 @@ def main(args: list[str]) -> int:
     shutil.copy(SITE / "conf.py", SOURCE)
     shutil.copytree(SITE / "_static", SOURCE / "_static")
     strict = ["-W", "--keep-going", "-n"] if "--check" in args else []
-    return subprocess.run([sys.executable, "-m", "sphinx", "-q", "-j", "2", *strict, SOURCE, TARGET]).returncode
+    command = [sys.executable, "-m", "sphinx", "-q", "-j", "2", *strict, SOURCE, TARGET]
+    return subprocess.run(command).returncode
 
 
 if __name__ == "__main__":

@@ -222,8 +222,8 @@ def test_every_process_finds_the_same_fingerprints(tmp_path):
 
 
 def test_what_a_plug_in_pulls_in_belongs_to_it(tmp_path):
-    """Edited within the same second, to the same size: a file of the package beside it, a file that only that
-    one imports. Python's own byte code cannot tell them apart."""
+    """Edited within the same second, to the same size: a file of the package beside it, a file that only
+    that one imports. Python's own byte code cannot tell them apart."""
     seen = {}
     for width, deep in ((8, 1), (9, 1), (8, 2), (8, 1)):
         path = lab(tmp_path, width, deep)

@@ -102,3 +102,18 @@ def test_holm_by_hand():
     assert found[0] == pytest.approx(0.04) and math.isnan(found[1])
     assert statistics.holm([]) == []
     with pytest.raises(ValueError, match='p values'): statistics.holm([1.2])
+
+
+@pytest.mark.parametrize('n, expected', [
+    (1, 'n=1, no test'), (3, 'undecided (n=3, fewer than 5 pairs)'),
+    (4, 'undecided (n=4, fewer than 5 pairs)'),
+    (5, 'a higher'), (6, 'a higher')])
+def test_fewer_than_five_pairs_decide_nothing(n, expected):
+    "However far apart: the t test of the four differences 9.9, 10, 10.1 and 10 has p of 4e-7."
+    b = [50.0] * n
+    a = [50 + d for d in (9.9, 10.0, 10.1, 10.0, 9.9, 10.1)[:n]]
+    found = statistics.paired_test(a, b)
+    assert found['verdict'] == expected
+    if n > 1: assert found['p'] == pytest.approx(stats.ttest_rel(a, b).pvalue) and found['p'] < 0.01
+    other = statistics.paired_test(b, a)['verdict']
+    assert other == ('b higher' if n >= 5 else expected)

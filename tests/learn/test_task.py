@@ -75,7 +75,7 @@ class SequenceTask(Task):
             torch.manual_seed(int(torch.randint(2**31, (1,), generator=torch_rng(config.seed, "init"))))
             return NextToken()
 
-    def epoch(self, n, batch_size, generator):
+    def epoch(self, n, batch_size, generator, min_batch=2):
         for part in torch.randperm(n, generator=generator).split(batch_size): yield (part,)
 
     def batch(self, index, *view): return self.plain(index)

@@ -21,6 +21,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from fedmpqkd.core.config import ALGORITHM_VERSION, config_from  # noqa: E402
+from fedmpqkd.core.journal import Damaged  # noqa: E402
 from fedmpqkd.data.images import load_dataset  # noqa: E402
 from fedmpqkd.federation.methods import RECIPES, make_config, register_method  # noqa: E402
 from fedmpqkd.federation.rounds import open_run  # noqa: E402
@@ -79,7 +80,7 @@ def test_records_survive_the_file_and_come_in_order(tmp_path: Path):
 def test_a_damaged_record_is_named(tmp_path: Path, text: str):
     save(tmp_path / "exp1" / "study", THREE)
     (tmp_path / "exp1" / "study" / "fedmpq-1.json").write_text(text)
-    with pytest.raises(ValueError, match=r"fedmpq-1\.json is damaged .*delete it"):
+    with pytest.raises(Damaged, match=r"fedmpq-1\.json: .*delete it"):
         records.load_records(tmp_path, "exp1", "study")
 
 

@@ -95,7 +95,8 @@ def test_own_model_data_and_method_through_papermill(tmp_path: Path):
     (record,) = [json.loads(p.read_text()) for p in (tmp_path / "r").rglob("*.json")]
     config = record["config"]
     assert (config["method"], config["dataset"], config["model"]) == ("noisy", "stripes", "two-layers")
-    assert config["rounding_up"] == "stochastic" and re.fullmatch(r"\w{12}\+model:\w{12}", config["extension"])
+    assert config["rounding_up"] == "stochastic"
+    assert re.fullmatch(r"\w{12}\+model:\w{12}", config["extension"])
     assert record["summary"]["accuracy"] > 90  # stripes are easy: a dead run stays at 50
     assert list((tmp_path / "runs").glob("exp1_*.ipynb"))
 

@@ -1,4 +1,5 @@
-"Networks that people bring, through whole runs: one result for one identity, every buffer delivered, one clear refusal."
+"Networks that people bring, in whole runs: one result an identity, every buffer arrives, clear refusals."
+
 import random
 
 import numpy as np
@@ -17,15 +18,25 @@ from fedmpqkd.learn.vision import VisionTask
 from fedmpqkd.models.vision import build_model, model_names, register_model
 
 OURS = model_names()
-FIELDS = dict(clients=3, rounds=2, partition='iid', lr=0.05, batch_size=16, kd_warmup_rounds=0,
-              alpha=0.5, temperature=2.0)
+FIELDS = dict(
+    clients=3,
+    rounds=2,
+    partition='iid',
+    lr=0.05,
+    batch_size=16,
+    kd_warmup_rounds=0,
+    alpha=0.5,
+    temperature=2.0,
+)
 
 
-def digits(): return load_dataset('digits').subset(90, 40)
+def digits():
+    return load_dataset('digits').subset(90, 40)
 
 
 class Small(nn.Module):
     "A convolution, something in between, a head."
+
     def __init__(self, classes, between=None, wrap=lambda z: z):
         super().__init__()
         self.conv, self.norm, self.head = nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.Linear(8, classes)
@@ -33,7 +44,8 @@ class Small(nn.Module):
 
     def forward(self, x):
         h = self.norm(self.conv(x)).relu()
-        if self.between: h = self.between(self, h)
+        if self.between:
+            h = self.between(self, h)
         return self.wrap(self.head(h.mean((2, 3))))
 
 
@@ -42,14 +54,23 @@ def named(name, **kwargs):
     return name
 
 
-def drop(net, h): return F.dropout(h, 0.5, net.training)
-def python_coin(net, h): return h * random.choice([0.5, 2.0]) if net.training else h
-def numpy_noise(net, h): return h + np.random.randn() if net.training else h
+def drop(net, h):
+    return F.dropout(h, 0.5, net.training)
+
+
+def python_coin(net, h):
+    return h * random.choice([0.5, 2.0]) if net.training else h
+
+
+def numpy_noise(net, h):
+    return h + np.random.randn() if net.training else h
 
 
 def played(method, model, workers, **more):
     torch.manual_seed(workers), random.seed(workers), np.random.seed(workers)  # of the user's own program
-    return timeless(run(make_config(method, model=model, **FIELDS | more), digits(), workers=workers)['curve'])
+    return timeless(
+        run(make_config(method, model=model, **FIELDS | more), digits(), workers=workers)['curve']
+    )
 
 
 @pytest.mark.parametrize('how', [drop, python_coin, numpy_noise])
@@ -63,9 +84,16 @@ def test_networks_that_draw_give_one_result(how, capsys):
     assert [line['loss'] for line in one] != still  # noise there was
 
 
-@pytest.mark.parametrize('method, more', [
-    ('fedmd', dict(public_images=20)), ('feddf', dict(public_images=20)), ('fedmpq-kd-moshpit', {}),
-    ('fedmpq-kd-batch', {}), ('fedmpq-kd-co', {})])
+@pytest.mark.parametrize(
+    'method, more',
+    [
+        ('fedmd', dict(public_images=20)),
+        ('feddf', dict(public_images=20)),
+        ('fedmpq-kd-moshpit', {}),
+        ('fedmpq-kd-batch', {}),
+        ('fedmpq-kd-co', {}),
+    ],
+)
 def test_every_protocol_takes_turns(method, more):
     name = named('drop', between=drop)
     assert played(method, name, 1, **more) == played(method, name, 3, **more)
@@ -80,16 +108,19 @@ def test_the_programs_own_generators_are_left_alone():
 
 @pytest.mark.parametrize('name', [n for n in OURS if 'small-4' not in n])
 def test_trying_a_network_changes_nothing(name):
-    config = make_config('fedmpq-kd', model=name)
+    config = make_config('fedmpq-kd', model=name, **FIELDS)
     replica, fresh = Replica(config, VisionTask(digits())), build_model(name, 10, config.seed)
     assert not replica.draws and not replica.remarks and replica.simple
-    for n, t in fresh.state_dict().items(): assert torch.equal(t, replica.state[n])
+    for n, t in fresh.state_dict().items():
+        assert torch.equal(t, replica.state[n])
     assert all(p.grad is None for p in replica.model.parameters())
     assert all(m.training for m in replica.model.modules())
 
 
 def test_every_kind_of_buffer_arrives():
-    kinds = dict(flag=torch.bool, table=torch.int32, short=torch.float16, wide=torch.float64, count=torch.int64)
+    kinds = dict(
+        flag=torch.bool, table=torch.int32, short=torch.float16, wide=torch.float64, count=torch.int64
+    )
 
     def mean_of(net, h):
         if net.training:
@@ -101,7 +132,8 @@ def test_every_kind_of_buffer_arrives():
 
     def make(classes):
         net = Small(classes, between=mean_of)
-        for n, kind in kinds.items(): net.register_buffer(n, torch.ones(2).to(kind))
+        for n, kind in kinds.items():
+            net.register_buffer(n, torch.ones(2).to(kind))
         return net
 
     register_model('kinds', make)
@@ -119,7 +151,8 @@ def test_every_kind_of_buffer_arrives():
 
 def test_a_buffer_that_is_replaced_is_sent_as_it_is_now():
     def running(net, h):
-        if net.training: net.seen = net.seen + 1.0
+        if net.training:
+            net.seen = net.seen + 1.0
         return h
 
     def make(classes):
@@ -141,7 +174,8 @@ class View(nn.Module):
         super().__init__()
         self.one, self.head = nn.Conv2d(3, 4, 1), nn.Linear(4096, classes)
 
-    def forward(self, x): return self.head(self.one(x).view(len(x), -1))
+    def forward(self, x):
+        return self.head(self.one(x).view(len(x), -1))
 
 
 class Volume(nn.Module):
@@ -149,17 +183,27 @@ class Volume(nn.Module):
         super().__init__()
         self.conv, self.head = nn.Conv3d(1, 4, 3), nn.Linear(4, classes)
 
-    def forward(self, x): return self.head(self.conv(x[:, None]).mean((2, 3, 4)))
+    def forward(self, x):
+        return self.head(self.conv(x[:, None]).mean((2, 3, 4)))
 
 
 ACCEPTED = dict(
-    view=View, volume=Volume,
-    lazy=lambda c: nn.Sequential(nn.LazyConv2d(4, 4, 4), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(c)),
+    view=View,
+    volume=Volume,
+    lazy=lambda c: nn.Sequential(
+        nn.LazyConv2d(4, 4, 4), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(c)
+    ),
     old=lambda c: nn.Sequential(weight_norm(nn.Conv2d(3, 4, 4, 4)), nn.Flatten(), nn.Linear(256, c)),
     new=lambda c: nn.Sequential(
-        parametrizations.weight_norm(nn.Conv2d(3, 4, 4, 4)), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, c)),
+        parametrizations.weight_norm(nn.Conv2d(3, 4, 4, 4)),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(256, c),
+    ),
     spectral=lambda c: nn.Sequential(
-        nn.Flatten(), parametrizations.spectral_norm(nn.Linear(3072, 8)), nn.Linear(8, c)))
+        nn.Flatten(), parametrizations.spectral_norm(nn.Linear(3072, 8)), nn.Linear(8, c)
+    ),
+)
 
 
 @pytest.mark.parametrize('name', ACCEPTED)
@@ -170,10 +214,15 @@ def test_what_people_bring_runs(name, method):
     assert one == played(method, name, 2, rounds=1) and not one[0]['failed']
 
 
-def in_eval(net, h): return F.dropout(h, 0.5)
+def in_eval(net, h):
+    return F.dropout(h, 0.5)
+
+
 def grows(net, h):
     net.flag.copy_(~net.flag) if net.training else None
     return h
+
+
 def own_generator(net, h):
     net.__dict__.setdefault('g', torch.Generator())
     return h + torch.randn(1, generator=net.g) if net.training else h
@@ -188,7 +237,8 @@ REFUSED = {
     'in eval': (dict(between=in_eval), 'draws random numbers in eval mode'),
     'own generator': (dict(between=own_generator), 'generator of its own'),
     'broken': (dict(between=lambda n, h: h.view(3, 5, 7)), 'fails on two samples: RuntimeError'),
-    'no gradient': (dict(wrap=lambda z: z.detach()), 'nothing to train')}
+    'no gradient': (dict(wrap=lambda z: z.detach()), 'nothing to train'),
+}
 
 
 @pytest.mark.parametrize('name', REFUSED)
@@ -211,8 +261,12 @@ def test_a_constant_that_training_changes_is_refused():
 
 def test_nothing_to_quantise_is_said_where_bits_are_wanted():
     class Scale(nn.Module):
-        def __init__(self, classes): super().__init__(); self.w = nn.Parameter(torch.randn(3, classes))
-        def forward(self, x): return x.mean((2, 3)) @ self.w
+        def __init__(self, classes):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, classes))
+
+        def forward(self, x):
+            return x.mean((2, 3)) @ self.w
 
     register_model('scale', Scale)
     assert Replica(make_config('fedavg', model='scale'), VisionTask(digits())).layout.quantized == ()
@@ -221,7 +275,8 @@ def test_nothing_to_quantise_is_said_where_bits_are_wanted():
 
 
 def test_a_run_says_that_it_predicts_unfolded(capsys):
-    def penalised(net, h): return h + 10 * sum(p.square().sum().item() for p in net.conv.parameters())
+    def penalised(net, h):
+        return h + 10 * sum(p.square().sum().item() for p in net.conv.parameters())
 
     name = named('penalised', between=penalised)
     run(make_config('fedavg', model=name, **FIELDS | dict(rounds=1)), digits(), workers=2)

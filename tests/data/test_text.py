@@ -1,0 +1,242 @@
+"Text sets: the schemas of the hub, what is counted, labels that are shifted once, groups as partitions."
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmpqkd.data.images import DamagedData, DataMissing
+from fedmpqkd.data.text import (
+    IGNORED,
+    KINDS,
+    Item,
+    Letters,
+    almanac_rows,
+    articles,
+    items_hash,
+    load_text,
+    natural_labels,
+    natural_split,
+    next_token_labels,
+    option_pairs,
+    speeches,
+    target_pairs,
+    text_folder,
+    tokenise,
+)
+
+
+def write(folder: Path, part: str, rows: list[dict], names: list[str] | None = None) -> None:
+    "A part of a set, with class names where the hub's card has them."
+    table = pa.Table.from_pylist(rows)
+    if names:
+        info = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, folder / f"{part}.parquet")
+
+
+TWO = {"text": ["ice", "tea"], "label": ["1", "2"]}
+ARC = {"question": "Which is warm?", "choices": TWO, "answerKey": "2"}
+ROWS = {
+    "arc": ([ARC], "choice", " tea"),
+    "openbookqa": ([{"question_stem": "Warm?", "choices": TWO, "answerKey": "1"}], "choice", " ice"),
+    "medmcqa": ([{"question": "q", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 3}],
+                "choice", " d"),
+    "medqa": ([{"question": "q", "options": {"A": "x", "B": "y"}, "answer_idx": "B", "answer": "y"}],
+              "choice", " y"),
+    "pubmedqa": ([{"question": "q?", "context": {"contexts": ["c1", "c2"]}, "final_decision": "maybe"}],
+                 "class", " maybe"),
+    "boolq": ([{"question": "is it", "answer": True}], "class", " yes"),
+    "polarity": ([{"text": "dull", "label": 0}], "class", " negative"),
+    "gsm8k": ([{"question": "1 + 1?", "answer": "2"}], "answer", " 2"),
+    "squad": ([{"question": "who?", "context": "Ann did.",
+                "answers": {"text": ["Ann"], "answer_start": [0]}}], "answer", " Ann"),
+    "plain": ([{"text": "It rains."}], "text", "It rains."),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_schema_of_the_hub(tmp_path: Path, name: str):
+    rows, kind, target = ROWS[name]
+    names = ["neg", "pos"] if name == "polarity" else None
+    for part in ("train", "test"): write(tmp_path / name, part, rows, names)
+    data = load_text(name, tmp_path)
+    assert (data.kind, data.train[0].target, len(data.test)) == (kind, target, 1)
+    assert not data.skipped
+
+
+def test_context_stands_in_front_of_the_question(tmp_path: Path):
+    rows, _, _ = ROWS["squad"]
+    for part in ("train", "test"): write(tmp_path / "squad", part, rows)
+    assert load_text("squad", tmp_path).train[0].prompt == "Ann did.\nQuestion: who?\nAnswer:"
+    assert load_text("squad", tmp_path, template="{question} ").train[0].prompt == "Ann did.\nwho? "
+
+
+def test_empty_items_are_counted(tmp_path: Path):
+    rows = [{"text": t, "label": 0} for t in ("a", "", " \n", "b")]
+    for part in ("train", "test"): write(tmp_path / "s", part, rows, ["no", "yes"])
+    data = load_text("s", tmp_path)
+    assert (len(data.train), len(data.test), data.skipped) == (2, 2, {"empty": 4})
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"text": "a", "label": 2}, "outside the classes"), ({"text": "a", "label": -1}, "outside the classes"),
+    (ARC | {"answerKey": "C"}, "none of the choices"),
+    ({"question": "q", "context": {"contexts": ["c"]}, "final_decision": "perhaps"}, "outside the classes")])
+def test_a_bad_label_names_file_and_row(tmp_path: Path, row: dict, message: str):
+    good = dict(row, **{"label": 0} if "label" in row else {"answerKey": "1"} if "choices" in row else
+                {"final_decision": "no"})
+    for part in ("train", "test"): write(tmp_path / "s", part, [good, row], ["no", "yes"])
+    with pytest.raises(DamagedData, match=f"train.parquet row 1: .*{message}"): load_text("s", tmp_path)
+
+
+def test_a_set_with_one_part_keeps_paragraphs_together(tmp_path: Path):
+    for lang in ("de", "en"):
+        rows = [{"question": f"{lang} {p}.{q}?", "context": f"{lang} {p}",
+                 "answers": {"text": ["x"], "answer_start": [0]}} for p in range(40) for q in range(3)]
+        write(tmp_path / "quad" / lang, "validation", rows)
+    data = load_text("quad", tmp_path)
+    train, test = ({i.key for i in part} for part in (data.train, data.test))
+    assert not train & test and len(data.train) + len(data.test) == 240 and 2 <= len(test) <= 16
+    assert {i.group for i in data.test} == {"de", "en"}
+    assert {i.group for i in load_text("quad", tmp_path, groups=["de"]).train} == {"de"}
+    with pytest.raises(ValueError, match="quad has no fr; it has de, en"):
+        load_text("quad", tmp_path, groups=["fr"])
+
+
+def test_where_sets_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path / "text" / "s", "train", [{"text": "a"}])
+    write(tmp_path / "t", "train", [{"text": "a"}])
+    monkeypatch.setenv("FEDMPQKD_DATA", str(tmp_path))
+    assert text_folder("s") == tmp_path / "text" / "s" and text_folder("t") == tmp_path / "t"
+    with pytest.raises(DataMissing, match="none of: .*'almanac' needs no files"):
+        text_folder("s", tmp_path / "t")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_embedded_set(kind: str):
+    data = load_text(kind=kind)
+    assert (len(data.train), len(data.test)) == (32, 8)
+    assert len({i.prompt + i.target for i in data.train + data.test}) == 40
+    labels, names = natural_labels(data.train)
+    assert names == ("garden", "harbour", "kitchen", "sky") and np.bincount(labels).tolist() == [8] * 4
+    if kind == "choice":
+        places = Counter(i.label for i in data.train + data.test)
+        assert set(places) == {0, 1, 2, 3} and max(places.values()) <= 16
+        for item, row in zip(load_text().train[:8], almanac_rows(), strict=False):
+            assert item.target == " " + row["options"][0]
+            assert sorted(item.options) == sorted(" " + o for o in row["options"])
+
+
+def test_fingerprint():
+    a = Item("p", (" a", " b"), 0)
+    changed = [Item("q", (" a", " b"), 0), Item("p", (" a", " b"), 1), Item("p", (" a", " c"), 0),
+               Item("p", (" a", " b"), 0, group="g"), Item("p", references=(" a", " b"))]
+    assert len({items_hash([i]) for i in [a, *changed]}) == 6
+    assert items_hash([a], [a]) != items_hash([a, a], [])
+    assert load_text().fingerprint == load_text().fingerprint == "b39244fd5f95d996"
+
+
+@pytest.mark.parametrize("make", [lambda: Item("p"), lambda: Item("p", (" a",), references=("b",)),
+                                  lambda: Item("p", (" a",), 1), lambda: Item("p", (" a",), -1)])
+def test_impossible_items(make):
+    with pytest.raises(ValueError): make()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.text("ab \n", max_size=6), st.text("cdé ", max_size=6)), max_size=6),
+       st.booleans(), st.booleans(), st.integers(1, 14))
+def test_tokenise_against_a_walk_in_plain_python(pairs, bos, eos, longest):
+    "Ids, labels and counts, written out one text at a time."
+    batch = tokenise(pairs, Letters(), longest, 1 if bos else None, 2 if eos else None, pad=7)
+    rows, empty, long = [], 0, 0
+    for n, (prompt, target) in enumerate(pairs):
+        ids = [1] * bos + [ord(c) for c in prompt + target] + [2] * eos
+        first = bos + len(prompt)
+        labels = [ids[j + 1] if j + 1 < len(ids) and j + 1 >= first else IGNORED for j in range(len(ids))]
+        if not target.strip() or set(labels) == {IGNORED}: empty += 1
+        elif len(ids) > longest: long += 1
+        else: rows.append((n, ids, labels, len(target.encode())))
+    assert batch.skipped == {"empty": empty, "long": long}
+    assert batch.index.tolist() == [r[0] for r in rows]
+    assert batch.target_bytes.tolist() == [r[3] for r in rows]
+    for b, (_, ids, labels, _) in enumerate(rows):
+        assert batch.ids[b][batch.mask[b]].tolist() == ids and batch.labels[b, :len(ids)].tolist() == labels
+        assert (batch.labels[b, len(ids):] == IGNORED).all() and (batch.ids[b, len(ids):] == 7).all()
+    assert batch.spans.shape == (*batch.ids.shape, 2)
+
+
+def test_loss_is_the_sum_over_target_tokens_alone():
+    "Log-likelihood written out by hand from the probabilities."
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 6, 128, generator=g)
+    batch = tokenise([("at", " 5.")], Letters(), 9, bos=1)
+    p = logits.softmax(-1)[0]
+    by_hand = -(p[2, ord(" ")].log() + p[3, ord("5")].log() + p[4, ord(".")].log())
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
+    assert torch.allclose(loss, by_hand)
+    assert batch.ids.shape == (1, 6)
+
+
+def test_a_token_across_the_border_belongs_to_the_target():
+    class Pairs:
+        "Two characters a token."
+        def encode_batch(self, input, *, add_special_tokens):
+            from types import SimpleNamespace as S
+            return [S(ids=[3 + n for n in range(0, len(t), 2)], offsets=[(n, min(n + 2, len(t))) for n in
+                      range(0, len(t), 2)]) for t in input]
+
+    batch = tokenise([("abc", " d")], Pairs(), 9)  # ab|c_|d: the second token reaches beyond the prompt
+    assert batch.labels.tolist() == [[5, 7, IGNORED]]
+
+
+def test_labels_of_an_empty_batch():
+    batch = tokenise([("a", "")], Letters(), 9)
+    assert len(batch) == 0 and batch.skipped == {"empty": 1, "long": 0} and batch.ids.dtype == torch.int64
+    labels = next_token_labels(torch.tensor([[4, 5]]), torch.tensor([0]), torch.tensor([2]))
+    assert labels.tolist() == [[5, IGNORED]]
+
+
+def test_speeches_and_articles():
+    play = "A:\nx\ny\n\nB of C:\nz\n\nno name here"
+    assert list(speeches(play)) == [("A", "x\ny"), ("B of C", "z"), ("", "no name here")]
+    wiki = ["", " = T = \n", "", " p one \n", " = = U = = \n", " p two \n", " = V = \n", " p = q \n"]
+    assert list(articles(wiki)) == [("T", "p one"), ("T", "p two"), ("V", "p = q")]
+
+
+def test_natural_split_keeps_groups_whole():
+    g = np.random.default_rng(0)
+    labels = g.integers(0, 12, 200)
+    split = natural_split(labels, 5)
+    owners = [{k for k, p in enumerate(split.parts) if (labels[p] == c).any()} for c in range(12)]
+    assert all(len(o) == 1 for o in owners)
+    assert split.sizes.max() - split.sizes.min() <= np.bincount(labels).max()
+    assert natural_split([3, 3, 7], 2).sizes.tolist() == [2, 1]
+
+
+def test_options_of_items():
+    items = load_text(kind="choice").test
+    pairs, owner = option_pairs(items)
+    assert len(pairs) == 32 and owner.tolist() == [n for n in range(8) for _ in range(4)]
+    assert [p for n in range(8) for p in [pairs[4 * n + items[n].label]]] == target_pairs(items)
+    with pytest.raises(ValueError, match="with options"): option_pairs(load_text(kind="text").test)
+
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "text"
+SIZES = {"arc_easy": ("choice", 2251, 2376), "rotten_tomatoes": ("class", 8530, 1066),
+         "gsm8k": ("answer", 7473, 1319)}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_real_sets_where_they_are(name: str):
+    if not (SHARED / name).is_dir(): pytest.skip("the text sets are not on this machine")
+    data = load_text(name, SHARED)
+    assert (data.kind, len(data.train), len(data.test)) == SIZES[name] and not data.skipped
