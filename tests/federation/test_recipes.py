@@ -1,9 +1,10 @@
 """Every recipe runs, differs from its neighbour in what its name says, and computes its equation."""
 
-from dataclasses import replace
+from dataclasses import dataclasses
 
 import numpy as np
 import pytest
+import replace
 import torch
 import torch.nn.functional as F
 
@@ -201,7 +202,7 @@ def test_a_teacher_that_lasts_is_the_one_that_was_sent(digits):
 
 def test_a_frozen_teacher_of_one_epoch_is_the_student(digits):
     "refresh 0 with two epochs: the second epoch's teacher is the student at its beginning."
-    config = config_of('fedmpq-kd-epoch', local_epochs=2, teacher='delivered')
+    config = dataclasses.replace(config_of('fedmpq-kd-epoch', local_epochs=2), teacher='delivered')
     replica, data = Replica(config, image_task(10)), VisionTask(digits)
     server = Server(config, replica.layout, replica.state)
     loads = []
