@@ -52,7 +52,7 @@ CONTEXTS = {
 }
 RECORD_ONLY = {
     'method', 'extension', 'eval_images', 'stress', 'train_images', 'test_images', 'dataset', 'model',
-    'precision', 'seed', 'clients', 'rounds', 'warm_start', 'update', 'exchange', 'aggregate', 'uplink',
+    'precision', 'seed', 'clients', 'rounds', 'min_batch', 'warm_start', 'update', 'exchange', 'aggregate', 'uplink',
     'partition'}
 OTHER = dict(
     dirichlet=0.7, label_noise=0.5, noise_clients=0.5, noise_from=1, validation=0.2, participation=0.6,

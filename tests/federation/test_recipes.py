@@ -1,10 +1,9 @@
 """Every recipe runs, differs from its neighbour in what its name says, and computes its equation."""
 
-from dataclasses import dataclasses
+import dataclasses
 
 import numpy as np
 import pytest
-import replace
 import torch
 import torch.nn.functional as F
 
@@ -49,7 +48,7 @@ def test_every_recipe_runs(method, digits):
 
 def test_recipes_are_distinct_runs():
     configs = [
-        replace(config_of(m, local_epochs=2), method='x')  # in one epoch, a teacher for one is any other
+        dataclasses.replace(config_of(m, local_epochs=2), method='x')  # in one epoch, a teacher for one is any other
         for m in RECIPES
         if m not in ('aqfl', 'qat-uniform-bytes')
     ]  # qat-uniform with other bits
