@@ -85,8 +85,8 @@ def test_the_deployed_model_has_the_assigned_bits():
 
 
 def test_reports_count_by_samples_and_budget():
-    """Budgets of 8 and 2 bits, 10 images each: weights 80 and 20. Bits of (7, 2) average to 6, of (8, 2) to 6.8;
-    losses of (1, 0) to .8, of (6, 0) to 4.8, and one is added."""
+    """Budgets of 8 and 2 bits, 10 images each: weights 80 and 20. Bits of (7, 2) average to 6, of (8, 2) to
+    6.8; losses of (1, 0) to .8, of (6, 0) to 4.8, and one is added."""
     server = server_of(bits=(8, 2))
     take(server, answer(server, 0, [7, 2, 8], [1, 6, 0]), 0)
     take(server, answer(server, 1, [2, 2, 2], [0, 0, 0]), 0)

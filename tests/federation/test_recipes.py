@@ -48,7 +48,7 @@ def test_every_recipe_runs(method, digits):
 
 def test_recipes_are_distinct_runs():
     configs = [
-        dataclasses.replace(config_of(m, local_epochs=2), method='x')  # in one epoch, a teacher for one is any other
+        dataclasses.replace(config_of(m, local_epochs=2), method='x')  # in one, a teacher for an epoch is any
         for m in RECIPES
         if m not in ('aqfl', 'qat-uniform-bytes')
     ]  # qat-uniform with other bits
