@@ -165,10 +165,9 @@ def with_code(
 ) -> RunConfig:  # the same run; its identity follows the registered code that it uses
     "A run, with the fingerprints of the user's network, rule and loss."
     network = _MODELS.get(config.model)
-    found = dict(model=None if network is BUILT_IN.get(config.model) else network,
-                 update=RULES.get(config.update),  # None for full precision
-                 kd_loss=DISTILL_LOSSES.get(config.kd_loss) if config.distils else None)
-    used = {name: '' if thing is None else code_of(thing) for name, thing in found.items()}
+    used = dict(model='' if network is BUILT_IN.get(config.model) else code_of(network),
+                update=code_of(RULES.get(config.update)),
+                kd_loss=code_of(DISTILL_LOSSES.get(config.kd_loss)) if config.distils else '')
     others = [part for part in config.extension.split('+') if part and part.partition(':')[0] not in used]
     extension = '+'.join([*others, *(f'{name}:{code}' for name, code in used.items() if code)])
     return dataclasses.replace(config, extension=extension)

@@ -58,8 +58,7 @@ def data():
 
 def place(config, data, n=64, round=1, client=0):
     "What a replay needs, with the server it came from."
-    images = VisionTask(data)
-    replica = Replica(config, images)
+    replica, images = Replica(config, image_task(data.classes)), VisionTask(data)
     server = Server(config, replica.layout, replica.state)
     work = ClientRound(client, round, torch.arange(n))
     return (replica, config, images, work, downlink(server, client, round)), server
