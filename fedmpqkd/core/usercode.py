@@ -169,6 +169,7 @@ def code_of(
     thing: Any,  # a function, class, network or other object that was registered
 ) -> str:  # 12 hexadecimal digits; '' for functions and classes of installed packages and of this one
     "The fingerprint of the code that will run."
+    if thing is None: return ''
     if isinstance(thing, FunctionType | BuiltinFunctionType | type) and not _written_by_user(thing): return ''
     walk = _Walk()
     walk.go(thing)

@@ -452,9 +452,8 @@ def exchange_round(
     aggregate(run.server)
 
     digests = [log['digest'] for log in logs if np.isfinite(log.get('digest', np.nan))]
-    line: dict[str, Any] = dict(
-        round=round + 1, sampled=len(chosen), arrived=average.clients, failed=problems, leakage=leakage)
-    line |= summary_of(logs)
+    line: dict[str, Any] = dict(round=round + 1, sampled=len(chosen), arrived=average.clients)
+    line |= dict(failed=problems, leakage=leakage) | summary_of(logs)
     return line | dict(digest=float(np.mean(digests))) if digests else line
 
 # %% ../../nbs/federation/12e_exchange.ipynb #5e52f43c

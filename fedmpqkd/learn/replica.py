@@ -158,7 +158,9 @@ def _in_order(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in inputs)
 
 
-def _channels_last(t: Tensor) -> Tensor: return t.contiguous(memory_format=torch.channels_last)
+def _channels_last(t: Tensor) -> Tensor:
+    # not `contiguous`, which leaves filters of one channel or one pixel in the other order of memory
+    return t.to(memory_format=torch.channels_last)
 
 
 def accelerated(

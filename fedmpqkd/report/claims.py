@@ -53,7 +53,8 @@ def unlike_the_paper(
     "Where a run departs from the published protocol."
     c = config_of(record)
     published = make_config(c.method, **EXPERIMENTS[experiment].fields | dict(seed=c.seed))
-    return sorted(set(difference(published, c)) - {'eval_images', 'precision', 'extension', 'stress'})
+    return sorted(set(difference(published, c)) - {'eval_images', 'precision', 'extension', 'stress',
+                                                 'min_batch'})
 
 # %% ../../nbs/report/17b_claims.ipynb #09b14d18
 def _measured(runs: pd.DataFrame) -> pd.DataFrame:

@@ -133,6 +133,7 @@ def _fall(study: Study) -> str:
     points, method, seed, at = max(drops)
     return f'the largest fall within one round is {points:.1f} points (`{method}`, seed {seed}, round {at})'
 
+# %% ../../nbs/report/18a_facts.ipynb #54dc0760
 def setting_facts(study: Study) -> Facts:
     "Facts about what was run."
     configs, frame, files = [config_of(r) for r in study.records], study.runs.frame, study.files()
@@ -164,6 +165,7 @@ def _rise(study: Study, method: str) -> float:
     gains = [(sum(c[-5:]) - sum(c[-10:-5])) / 5 for c in curves if len(c) >= 10]
     return sum(gains) / len(gains) if gains else math.nan
 
+# %% ../../nbs/report/18a_facts.ipynb #f01de320
 def method_facts(study: Study) -> Facts:
     "Facts about each method."
     entries, found = table(study.runs, fresh=True), {}
@@ -171,6 +173,9 @@ def method_facts(study: Study) -> Facts:
     for method in entries.index:
         n, files = entries.loc[method, ('n', '')], study.files(method)
         found[f'{method}.n'] = Fact(str(n), 'number of seeds', files)
+        public = {config_of(r).public_images for r in study.records if r['config']['method'] == method}
+        if public != {0}:
+            found[f'{method}.public'] = Fact(_value(max(public)), 'public images', files)
         rise = _rise(study, method)
         if not math.isnan(rise):
             found[f'{method}.rise'] = Fact(f'{rise:+.2f}', 'last five rounds minus the five before', files)
@@ -520,7 +525,15 @@ def audit_facts() -> Facts:
     return {f'audit.{name}': Fact(text, how, (MANUSCRIPT, 'this package'))
             for part in (_audit_exp1, _audit_exp2) for name, text, how in part()}
 
-# %% ../../nbs/report/18a_facts.ipynb #379177b8
+# %% ../../nbs/report/18a_facts.ipynb #37223635
+def _unmeasured(studies: Sequence[Study]) -> str:
+    "Which claims no run speaks about."
+    found = []
+    for study in (s for s in studies if s.name in PAPER):
+        rows = beside_the_paper(study.runs, study.name)
+        found += [f'{quantity} ({study.name})' for quantity in rows[rows.n == 0].quantity.unique()]
+    return f'Not measured were the claims on {"; ".join(found)}' if found else 'Every claim has a measurement'
+
 def deviation_facts(
     root: Path,  # the repository
 ) -> Facts:  # 'deviations.fedmpq', ...
@@ -553,5 +566,7 @@ def all_facts(
     for study in (*named, *(s for studies in axes.values() for s in studies)):
         for row in compared(study).itertuples():
             found[f'{study.name}.{row.a}-vs-{row.b}.finding'] = finding(study, row.a, row.b)
+    files = tuple(f for s in named for f in s.files())
+    found['claims.unmeasured'] = Fact(_unmeasured(named), 'claims without a measurement', files)
     if everything := [*named, *points]: found |= verdict_facts(everything) | criteria_facts(everything)
     return found

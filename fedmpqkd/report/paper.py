@@ -188,6 +188,7 @@ def compile_paper(
     if said: raise RuntimeError('LaTeX complains:\n' + '\n'.join(said))
     return target / 'main.pdf'
 
+# %% ../../nbs/report/18_paper.ipynb #cbe62c24
 def build(
     root: Path | None = None,  # the repository; None is the one around here
     preset: str = 'study',  # the scale of the records

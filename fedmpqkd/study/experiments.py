@@ -254,6 +254,7 @@ def load_task(dataset: str, data_dir: str, train: int, test: int) -> Dataset:
     return _cut(dataset, data_dir, train, test, _LOADERS.get(dataset))
 
 # %% ../../nbs/study/16b_experiments.ipynb #97c7eb17
+# long: small functions that are read together
 def _as_registered(job: Job) -> RunConfig:
     "The configuration, with the fingerprints of the code that is registered in this process."
     _need_plugins(job.plugins, job.config.extension)

@@ -52,8 +52,8 @@ CONTEXTS = {
 }
 RECORD_ONLY = {
     'method', 'extension', 'eval_images', 'stress', 'train_images', 'test_images', 'dataset', 'model',
-    'precision', 'seed', 'clients', 'rounds', 'warm_start', 'update', 'exchange', 'aggregate', 'uplink',
-    'partition'}
+    'precision', 'seed', 'clients', 'rounds', 'min_batch', 'warm_start', 'update', 'exchange', 'aggregate',
+    'uplink', 'partition'}
 OTHER = dict(
     dirichlet=0.7, label_noise=0.5, noise_clients=0.5, noise_from=1, validation=0.2, participation=0.6,
     dropout=0.7, dropout_mode='bernoulli', dropout_stage='before_download', bn_pool='moments', local_epochs=1,

@@ -1,6 +1,6 @@
 """Every recipe runs, differs from its neighbour in what its name says, and computes its equation."""
 
-from dataclasses import replace
+import dataclasses
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_every_recipe_runs(method, digits):
 
 def test_recipes_are_distinct_runs():
     configs = [
-        replace(config_of(m, local_epochs=2), method='x')  # in one epoch, a teacher for one is any other
+        dataclasses.replace(config_of(m, local_epochs=2), method='x')  # in one, a teacher for an epoch is any
         for m in RECIPES
         if m not in ('aqfl', 'qat-uniform-bytes')
     ]  # qat-uniform with other bits
@@ -201,7 +201,7 @@ def test_a_teacher_that_lasts_is_the_one_that_was_sent(digits):
 
 def test_a_frozen_teacher_of_one_epoch_is_the_student(digits):
     "refresh 0 with two epochs: the second epoch's teacher is the student at its beginning."
-    config = config_of('fedmpq-kd-epoch', local_epochs=2, teacher='delivered')
+    config = dataclasses.replace(config_of('fedmpq-kd-epoch', local_epochs=2), teacher='delivered')
     replica, data = Replica(config, image_task(10)), VisionTask(digits)
     server = Server(config, replica.layout, replica.state)
     loads = []

@@ -133,7 +133,7 @@ def test_a_dropped_plane_rescales_and_is_owed():
 
 def test_what_the_lasso_moves_by_hand():
     """One weight at level 1 of one bit, pulled by .2 a step at rate 1: after one step .8 of it is left, after
-    two with momentum .9 it is .8 - (.18 + .2) = .42, which rounds to zero; without momentum it is .6."""
+    two with momentum .9 it is .8 - (.18 + .2) = .42, which rounds to zero; without momentum .6."""
     config = RunConfig(lr=1.0, momentum=0.9)
     assert [lasso_moved(planes([1], 1), 0.2, config, steps) for steps in (0, 1, 2)] == [0, 0, 1]
     assert lasso_moved(planes([1], 1), 0.2, RunConfig(lr=1.0, momentum=0.0), 2) == 0

@@ -58,7 +58,7 @@ def data():
 
 def place(config, data, n=64, round=1, client=0):
     "What a replay needs, with the server it came from."
-    replica, images = Replica(config, data.classes), VisionTask(data)
+    replica, images = Replica(config, image_task(data.classes)), VisionTask(data)
     server = Server(config, replica.layout, replica.state)
     work = ClientRound(client, round, torch.arange(n))
     return (replica, config, images, work, downlink(server, client, round)), server
@@ -433,7 +433,7 @@ def norm_config(): return RunConfig(model='norm for diagnostics', clients=1)
 def test_fresh_statistics_by_hand(data):
     replica, images = Replica(norm_config(), image_task(4)), VisionTask(data)
     state = {n: t.clone() for n, t in replica.state.items()} | {'0.running_mean': torch.full((3,), 7.0)}
-    found = D.fresh_statistics(replica, state, images, images=96)
+    found = D.fresh_statistics(replica, state, images, samples=96)
     mean, std = (np.array(v)[:, None, None] for v in (data.mean, data.std))
     x = (data.train_x.numpy() / 255 - mean) / std
     np.testing.assert_allclose(found['0.running_mean'], x.mean((0, 2, 3)), atol=1e-5)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st  # noqa: E402
 from fedmpqkd.core.config import ALGORITHM_VERSION, config_from  # noqa: E402
 from fedmpqkd.core.journal import Damaged  # noqa: E402
 from fedmpqkd.data.images import load_dataset  # noqa: E402
-from fedmpqkd.federation.methods import RECIPES, make_config, register_method  # noqa: E402
+from fedmpqkd.federation.methods import RECIPES, make_config  # noqa: E402
 from fedmpqkd.federation.rounds import open_run  # noqa: E402
 from fedmpqkd.federation.run import final_states  # noqa: E402
 from fedmpqkd.federation.server import Server, downlink  # noqa: E402
@@ -216,7 +216,7 @@ def test_a_quantity_nobody_measured_is_a_dash():
 def odd_name():
     "A method whose name LaTeX would stumble over."
     name = r"my_own #1 & 50% {x} ^~\$|"
-    register_method(name, "fedmpq")
+    RECIPES[name] = RECIPES["fedmpq"]  # `register_method` would refuse the backslash
     yield name
     del RECIPES[name]
 
@@ -435,6 +435,67 @@ def test_caption_says_what_there_is():
     assert "A single seed: a demonstration" in captions.caption(THREE[:1])
 
 
+# what went wrong, and what was measured ---------------------------------------------------------------------
+
+def test_failures_come_first_and_lead_nothing():
+    lost = [made_up_record("fedavg", s, 99, line=dict(diverged=True)) for s in (0, 1)]
+    said = captions.reading(lost + THREE)
+    assert said.startswith("`fedavg` diverged (seed 0, rounds 1, 2, 3, 4; seed 1, rounds 1, 2, 3, 4)")
+    assert "`fedmpq-kd`, which deploys quantised weights, is highest" in said
+    assert "Every method has diverged" in captions.reading(lost) and "highest" not in captions.reading(lost)
+    half = [made_up_record("fedmpq", 0, 50, line=dict(diverged=True)), record("fedmpq-kd", 0, 60)]
+    assert "Distillation changes" not in captions.reading(half)
+    assert captions.failures(THREE) == ""
+
+
+@pytest.mark.parametrize("line, said", [
+    (dict(arrived=0, failed={"3": "NaN"}), "every reply was refused (seed 0, rounds 1, 2, 3, 4)"),
+    (dict(arrived=0, failed={}), "no reply arrived"),
+    (dict(skipped=3), "teachers whose logits were not finite"),
+    (dict(moved=0.0), "never moved a weight to another level (seed 0)")])
+def test_each_failure_is_said(line: dict, said: str):
+    assert said in captions.reading([made_up_record("fedmpq", 0, 50, line=line)])
+
+
+def test_nothing_is_nan_where_nobody_trained():
+    one = made_up_record("fedmpq", 0, 50, line=dict(arrived=0, failed={}))
+    for line in one["curve"]: del line["moved"], line["lasso_moved"]
+    assert "nan" not in captions.reading([one]) and "no client trained" in captions.reading([one])
+
+
+def test_a_silent_teacher_has_its_true_reason():
+    silent = [record("fedmpq", 0, 50), made_up_record("fedmpq-kd", 0, 50, line=dict(kd=0.0))]
+    assert "although it was to" in captions.reading(silent)
+    idle = [record("fedmpq", 0, 50), made_up_record("fedmpq-kd", 0, 50, line=dict(kd=0.0), alpha=0)]
+    assert "its weight is 0" in captions.reading(idle)
+
+
+def test_bits_are_measured():
+    few, asked = record("fedmpq", 0, 50), record("fedmpq", 0, 50)
+    few["summary"] |= dict(quantised_share=0.019, bits_mean=4.0)
+    assert "4 bits a weight in 1.9 % of the weights, the others fp32," in captions.caption([few])
+    few["summary"] |= dict(quantised_share=0.98, bits_mean=2.5)
+    assert "4 bits a weight (measured: 2.50)," in captions.caption([few])
+    sizes, everything = captions._sizes("resnet20", 10)
+    # by hand, 3x3 convolutions: 3-16, six 16-16, 16-32, five 32-32, 32-64, five 64-64; and the last layer
+    assert sum(sizes) == 9 * (48 + 6 * 256 + 512 + 5 * 1024 + 2048 + 5 * 4096) + 640 < everything
+    asked["curve"][-1]["bits"] = [2] * len(sizes)
+    assert captions.measured_bits(asked) == (sum(sizes) / everything, 2.0)
+
+
+def test_tuned_rates_are_those_of_a_tuning(tmp_path: Path, monkeypatch):
+    own = [record("fedavg", 0, 90, lr=0.17), record("fedmpq", 0, 80, lr=0.013)]
+    assert "learning rates 0.17 for fedavg, 0.013 for fedmpq" in captions.caption(own)
+    choices = {m: dict(values=dict(lr=lr)) for m, lr in (("fedavg", 0.17), ("fedmpq", 0.013))}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_text("lib_name = fedmpqkd")
+    path = tmp_path / "results" / "exp1" / "study-tuned.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(dict(choices=choices)))
+    assert "each method at its tuned rate" in captions.caption(own)
+    assert "0.18 for fedavg" in captions.caption([record("fedavg", 0, 90, lr=0.18), own[1]])
+
+
 # files ------------------------------------------------------------------------------------------------------
 
 def test_equal_records_make_equal_files(tmp_path: Path):
@@ -477,7 +538,8 @@ def test_each_method_may_have_its_own_rate_and_the_table_shows_it():
     panels = evidence.latex_panels(t)
     assert "fedmpq-kd & 3 & 0.3 & $1.50$ & $1.00$ " in panels, "next to the bytes, where there is room"
     said = captions.caption(TUNED)
-    assert "each method at its tuned rate, adamw for fedavg;" in said and "same rate" not in said
+    rates = "learning rates 0.001 for fedavg, 0.03 for fedmpq, 0.3 for fedmpq-kd"
+    assert f"{rates}, adamw for fedavg;" in said and "same rate" not in said
     assert "lr" not in evidence.table(THREE) and "lr" not in evidence.to_markdown(evidence.table(THREE))
 
 

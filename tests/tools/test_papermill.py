@@ -137,6 +137,29 @@ def test_a_misspelt_parameter_is_refused(tiny: Path):
     assert list(tiny.parent.glob("runs/*")) == []  # nothing was run and nothing was written
 
 
+@pytest.mark.parametrize("parameters", [
+    "fields: str = 'lr=1,rounds=2'  # more\nseed: int = 0", "fields = \"a=b\"\nseed = 0",
+    "# two\nfields: str = ''\nseed: dict = {'a': 'b=c'}"])
+def test_a_default_may_contain_an_equals_sign(tmp_path: Path, parameters: str):
+    write_notebook(tmp_path / "tiny.ipynb", parameters, "print(fields, seed)")
+    words = ["tiny.ipynb", "-p", "fields", "x=1,y=2", "-p", "seed", "7"]
+    p = in_pipes([PAPERMILL, *words], tmp_path)
+    assert p.returncode == 0, p.stderr
+    assert printed(tmp_path / "runs/tiny_fields=x=1,y=2_seed=7.ipynb") == "x=1,y=2 7\n"
+    p = in_pipes([PAPERMILL, "tiny.ipynb", "-p", "sed", "7"], tmp_path)
+    assert p.returncode == 1 and "did you mean seed?" in " ".join(p.stderr.split())
+
+
+def test_within_the_repository_copies_go_to_its_top_folder(tiny: Path):
+    (tiny.parent / "settings.ini").write_text("[DEFAULT]\nlib_name = fedmpqkd\n")
+    pages = tiny.parent / "nbs" / "study"
+    pages.mkdir(parents=True)
+    tiny.rename(pages / "tiny.ipynb")
+    p = in_pipes([PAPERMILL, "tiny.ipynb", "--prepare-only"], pages)
+    assert p.returncode == 0, p.stderr
+    assert (tiny.parent / "runs/tiny.ipynb").exists() and not (pages / "runs").exists()
+
+
 def test_a_missing_notebook_is_named(tmp_path: Path):
     p = in_pipes([PAPERMILL, "nbs/exp99.ipynb"], tmp_path)
     assert p.returncode == 1 and "exp99.ipynb" in p.stderr
