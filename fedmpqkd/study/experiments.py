@@ -282,8 +282,7 @@ def _attempt(job: Job) -> Record | Claimed:
 
 def run_job(job: Job) -> Record | None:
     "The record of a job: found or computed; None while another process computes it."
-    found = _attempt(job)
-    return None if isinstance(found, Claimed) else found
+    return None if isinstance(found := _attempt(job), Claimed) else found
 
 # %% ../../nbs/study/16b_experiments.ipynb #47e8158b
 def _gather(executor: Executor, jobs: list[Job]) -> list[Record | None]:

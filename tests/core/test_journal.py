@@ -102,6 +102,20 @@ def test_a_checkpoint_of_another_run_is_refused_and_put_aside(tmp_path):
     assert aside.startswith("checkpoint.pt.damaged-")
 
 
+def test_memories_without_a_checkpoint_are_forgotten_and_damaged_ones_kept_aside(tmp_path):
+    "A run that begins at its beginning must not find what its clients will know later."
+    journal = journal_in(tmp_path)
+    memory = journal.folder / "clients" / "0_5.pt"
+    write_atomic(memory, b"of round 5")
+    assert journal.load() is None and not memory.exists()
+    write_atomic(memory, b"of round 5")
+    journal.save({}, [dict(round=6)])
+    assert journal.load()[1] == [dict(round=6)] and memory.exists()
+    journal.start_over()
+    kept = [n.split(".damaged-")[0] for n in os.listdir(journal.folder) if "damaged" in n]
+    assert sorted(kept) == ["checkpoint.pt", "clients"] and not memory.exists()
+
+
 # --- litter -----------------------------------------------------------------------------------------------
 
 KILLED = """
