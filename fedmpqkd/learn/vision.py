@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.config import RunConfig
 from ..core.streams import torch_rng
+from ..data.augment import SoftLabels, augment, augmentation_steps
 from ..data.images import Dataset, crop_flip, draw_views, normalize, pad_images
 from ..evaluate.metrics import ece_from_logits, nll, per_class_accuracy
 from .task import Task
@@ -61,6 +62,7 @@ class VisionTask(Task):
     "Classify images."
     metrics, headlines = ('accuracy', 'ece', 'nll'), ('ece',)
     view = (torch.int64, torch.int64, torch.int64, torch.bool)  # position, dy, dx, flipped
+    draws: torch.Generator | None = None  # of augmentations; None: there are none
 
     def __init__(self, data: Dataset, device: str | torch.device = 'cpu'):
         self.data = data = data.to(device)
@@ -83,10 +85,14 @@ class VisionTask(Task):
         return epoch_batches(n, batch_size, generator, self.data.flip, min_batch, self.device)
 
     def batch(self, index: Tensor, *view: Tensor) -> tuple[Tensor, Tensor]:
-        "Augmented, normalised images [B, 3, 32, 32] in channels_last memory, and their labels [B]."
+        "Augmented, normalised images [B, 3, 32, 32] in channels_last memory; labels [B], or [B, C] if mixed."
         dy, dx, flipped = view
         x = crop_flip(self.padded, index, dy, dx, flipped)
-        return normalize(x, self.data.mean, self.data.std), self.labels[index.to(self.labels.device)]
+        y = self.labels[index.to(self.labels.device)]
+        if self.draws is not None:
+            x, soft = augment(x, y, self.augmentation, self.draws)
+            y = soft.dense(self.classes) if isinstance(soft, SoftLabels) else soft  # [B, C] or [B]
+        return normalize(x, self.data.mean, self.data.std), y
 
     def plain(self, index: Tensor) -> tuple[Tensor, Tensor]:
         "Images neither shifted nor mirrored."
@@ -115,6 +121,20 @@ class VisionTask(Task):
         "The same images with other labels."
         twin = copy(self)
         twin.labels = labels.to(self.labels.device)
+        return twin
+
+    def augmented(self, name: str) -> Self:
+        "The same images under another augmentation."
+        augmentation_steps(name)
+        twin = copy(self)
+        twin.augmentation = name
+        return twin
+
+    def drawing(self, generator: torch.Generator) -> Self:
+        "The task during one local round."
+        if self.augmentation == 'none': return self
+        twin = copy(self)
+        twin.draws = generator
         return twin
 
 # %% ../../nbs/learn/09a_vision.ipynb #7a2bf137
