@@ -6,7 +6,7 @@
 __all__ = ['Piece', 'EXP4', 'LISTS', 'OWN', 'piece', 'described', 'Teacher', 'own_teacher', 'made_teacher', 'earlier', 'scored',
            'trained', 'Pieces', 'pieces_of', 'held_back', 'tune', 'Study', 'run_study']
 
-# %% ../../nbs/study/16g_lowbit_study.ipynb #7cbb1366
+# %% ../../nbs/study/16g_lowbit_study.ipynb #74c5e01f
 import dataclasses
 import difflib
 import json
@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +40,7 @@ from fedmpqkd.study.students import (
     ScoreRecipe,
     StudentRecipe,
     TeacherRecipe,
+    as_file,
     as_network,
     differing,
     digest,
@@ -92,7 +92,7 @@ def described(
                 recipe=dataclasses.asdict(recipe), data=about, seconds=time.perf_counter() - begin,
                 commit=commit(), environment=environment(data.train_x.device), **numbers)
 
-# %% ../../nbs/study/16g_lowbit_study.ipynb #f877cf6c
+# %% ../../nbs/study/16g_lowbit_study.ipynb #e812b4bd
 @dataclass(frozen=True, eq=False)
 class Teacher:
     "A network, and what it is known by."
@@ -105,7 +105,9 @@ class Teacher:
 def _weights(path: Path) -> dict[str, Tensor]:
     "A state from a file."
     if not path.is_file(): raise ValueError(f'teacher={path}: no such file')
-    if path.suffix == '.safetensors': return safetensors.torch.load_file(path)
+    if path.suffix == '.safetensors':
+        from safetensors.torch import load_file
+        return dict(load_file(path))
     state: dict[str, Tensor] = torch.load(path, map_location='cpu', weights_only=True)
     return state
 
@@ -116,7 +118,7 @@ def own_teacher(path: str, model: str, data: Dataset) -> Teacher:
     network = network.to(data.train_x.device)
     return Teacher(network, digest(network), Path(path).name)
 
-# %% ../../nbs/study/16g_lowbit_study.ipynb #0ecd5274
+# %% ../../nbs/study/16g_lowbit_study.ipynb #6345f179
 def _kept_epoch(folder: Path, id: str, epoch: int) -> Path:
     return folder / '_models' / f'teacher_{id}_epoch={epoch}.safetensors'
 
@@ -133,12 +135,12 @@ def made_teacher(
     path, epoch_digests = folder / f'{name}_{id}.safetensors', dict[str, str]()
 
     def keep(epoch: int, state: dict[str, Tensor]) -> None:
-        if epoch in wanted: write_atomic(_kept_epoch(folder, id, epoch), safetensors.torch.save(state))
+        if epoch in wanted: write_atomic(_kept_epoch(folder, id, epoch), as_file(state))
 
     def make(work: Path) -> Piece:
         begin = time.perf_counter()
         network, curve = train_teacher(recipe, data, work, keep)
-        write_atomic(path, safetensors.torch.save(half(network)))
+        write_atomic(path, as_file(half(network)))
         for epoch in wanted:
             state = _weights(_kept_epoch(folder, id, epoch))
             epoch_digests[str(epoch)] = digest(as_network(state, recipe.model, data.classes, 'it'))
@@ -167,7 +169,8 @@ def earlier(
     network = as_network(_weights(path), model, data.classes, path.name).to(data.train_x.device)
     return Teacher(network, found, f'epoch {epoch}')
 
-# %% ../../nbs/study/16g_lowbit_study.ipynb #9382aeeb
+# %% ../../nbs/study/16g_lowbit_study.ipynb #7de99445
+# long: two kinds of pieces
 def scored(folder: Path, recipe: ScoreRecipe, teacher: Teacher, data: Dataset) -> Piece:
     "M, its parts and the variance rule for one augmentation, found or computed."
     def make(work: Path) -> Piece:
@@ -203,7 +206,7 @@ def trained(
     id = piece_id(recipe, data.fingerprint, teacher.digest, start.digest)
     return piece(folder, name, id, make)
 
-# %% ../../nbs/study/16g_lowbit_study.ipynb #b8039488
+# %% ../../nbs/study/16g_lowbit_study.ipynb #5446b007
 _ALL = ','.join(('none', *SEVEN))
 _DIGITS = dict(dataset='digits', model='resnet8', augments=_ALL, teacher_batch_size=32, batch_size=32,
                others='cnn')
@@ -213,14 +216,14 @@ EXP4 = Experiment(
     dict(dataset='cifar10', model='resnet20', bits='2,4,3', augments=_ALL, lr=1e-3, weight_decay=1e-4,
          rank_images=0),
     dict(smoke=_DIGITS | dict(teacher_epochs=4, kept='1', train_images=600, test_images=300, epochs=1,
-                              images=288, bits='2', seeds='0,1,2', lr=2e-3),
+                              images=288, bits='2', seeds='0,1,2', lr=2e-3, spread_epochs=2),
          mini=dict(train_images=5000, test_images=2000, teacher_epochs=4, kept='', others='', epochs=1,
                    images=2560, bits='2', seeds='0'),
          digits=_DIGITS | dict(teacher_epochs=12, kept='2,4', epochs=4, seeds='0,1,2,3,4', lr=2e-3),
          study=dict(model='resnet8', teacher_model='resnet20', teacher_epochs=3, teacher_lr=0.2,
                     teacher_precision='bf16', kept='1,2', others='resnet8', rank_images=5000,
                     test_images=5000, epochs=1, images=2560, batch_size=64,
-                    quantizer='lsq', quantizer_lr=1.0, precision='bf16', seeds='0,1,2'),
+                    lr=3e-3, quantizer_lr=1.0, precision='bf16', seeds='0,1,2'),
          paper=dict(teacher_epochs=720, teacher_augment='cutmix', kept='30,180', others='resnet8',
                     epochs=1200, batch_size=256, seeds='0,1,2,3,4')))
 
@@ -273,7 +276,8 @@ def pieces_of(
     kept = tuple(int(e) for e in as_list(values['kept']))
     return Pieces(teacher, tuple(others), kept, int(values['rank_images']), tuple(scores), tuple(students))
 
-# %% ../../nbs/study/16g_lowbit_study.ipynb #89ea32d3
+# %% ../../nbs/study/16g_lowbit_study.ipynb #c3159872
+# long: what is held back, and the trials on it
 def held_back(data: Dataset, share: float = 0.1) -> Dataset:
     "The training images in two parts; the smaller, stratified, takes the place of the test images."
     n = len(data.train_y)

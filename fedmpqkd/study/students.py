@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PRECISION', 'NAMED', 'BITS', 'VERSION', 'Batch', 'Recipe', 'Training', 'TeacherRecipe', 'StudentRecipe',
            'ScoreRecipe', 'differing', 'piece_id', 'padded_images', 'training_batches', 'steps_of', 'hard_loss',
-           'student_loss', 'rise_and_fall', 'cosine', 'scores_on_test', 'Work', 'fit', 'half', 'as_network', 'digest',
-           'train_teacher', 'first_images', 'Frozen', 'train_student']
+           'student_loss', 'rise_and_fall', 'cosine', 'scores_on_test', 'Work', 'fit', 'half', 'as_network', 'as_file',
+           'digest', 'train_teacher', 'first_images', 'Frozen', 'train_student']
 
-# %% ../../nbs/study/16f_students.ipynb #ee8d45b8
+# %% ../../nbs/study/16f_students.ipynb #049ec76d
 import dataclasses
 import hashlib
 import json
@@ -19,7 +19,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,10 +61,11 @@ class Recipe:
             if allowed and not allowed.holds(value):
                 raise ValueError(f'{f.name}={value!r}: {allowed.words}')
 
-# %% ../../nbs/study/16f_students.ipynb #ed48864e
+# %% ../../nbs/study/16f_students.ipynb #bfac874c
 BITS = Allowed(lambda v: 1 <= v <= 8 or v == 32, 'must be 1 to 8, or 32 for none')
 
 
+# long: the fields of four recipes
 @dataclass(frozen=True, kw_only=True)
 class Training(Recipe):
     "What teachers and students have in common."
@@ -252,7 +252,8 @@ def fit(
         if kept: write_atomic(kept, sealed(dict(state=work.state(), curve=curve), owner))
     return curve
 
-# %% ../../nbs/study/16f_students.ipynb #b9d1903c
+# %% ../../nbs/study/16f_students.ipynb #82751cdc
+# long: three small functions about a state
 def half(network: nn.Module) -> dict[str, Tensor]:
     "A state in half precision, on the CPU; counters as they are."
     state = network.state_dict()
@@ -278,9 +279,15 @@ def as_network(
     return network.eval().requires_grad_(False)
 
 
+def as_file(state: dict[str, Tensor]) -> bytes:
+    "A state in the format of safetensors."
+    from safetensors.torch import save
+    return bytes(save(state))
+
+
 def digest(network: nn.Module) -> str:  # 16 hexadecimal digits
     "What a teacher is known by."
-    return hashlib.sha256(safetensors.torch.save(half(network))).hexdigest()[:16]
+    return hashlib.sha256(as_file(half(network))).hexdigest()[:16]
 
 # %% ../../nbs/study/16f_students.ipynb #d432451f
 def train_teacher(
