@@ -42,7 +42,6 @@ from fedmpqkd.study.students import (
     TeacherRecipe,
     as_file,
     as_network,
-    differing,
     digest,
     half,
     piece_id,
@@ -342,7 +341,7 @@ def _other_teachers(folder: Path, pieces: Pieces, first: Teacher, data: Dataset)
     for recipe in pieces.others: found[recipe.model] = made_teacher(folder, recipe, data)
     return found
 
-# %% ../../nbs/study/16g_lowbit_study.ipynb #16ed5138
+# %% ../../nbs/study/16g_lowbit_study.ipynb #0744b7ff
 def run_study(
     preset: str = 'auto',  # auto, smoke, mini, digits, study or paper
     teacher: str = '',  # a file of weights of your own; '' trains one
@@ -384,5 +383,7 @@ def run_study(
     ranks = data.subset(pieces.rank_images) if pieces.rank_images else data
     few = [dataclasses.replace(r, repeats=0, spread_epochs=0) for r in pieces.scores]
     others = {name: [scored(folder, r, t, ranks) for r in few] for name, t in teachers.items()}
+    for name, passes in (('one pass', 1), ('two passes', 2)):
+        others[name] = [scored(folder, dataclasses.replace(r, passes=passes), first, ranks) for r in few]
     return Study(preset, first.record, scores, students, others, {n: t.record for n, t in teachers.items()},
                  root, usual and preset in (*EVIDENCE, 'digits'))

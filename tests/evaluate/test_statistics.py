@@ -117,3 +117,25 @@ def test_fewer_than_five_pairs_decide_nothing(n, expected):
     if n > 1: assert found['p'] == pytest.approx(stats.ttest_rel(a, b).pvalue) and found['p'] < 0.01
     other = statistics.paired_test(b, a)['verdict']
     assert other == ('b higher' if n >= 5 else expected)
+
+
+@pytest.mark.parametrize('rho, p', [(12 / 28, 0.354), (15 / 28, 0.236), (20 / 28, 0.088), (22 / 28, 0.048),
+                                    (26 / 28, 0.0067)])
+def test_exact_p_of_seven_ranks(rho, p):
+    "The table of the null distribution of Spearman's coefficient, n = 7."
+    wanted = round((1 - rho) * 7 * 48 / 6)  # sum of squared differences of ranks
+    orders = itertools.permutations(range(7))
+    order = next(o for o in orders if sum((a - b)**2 for a, b in enumerate(o)) == wanted)
+    assert statistics.spearman(list(range(7)), list(order)) == pytest.approx(rho)
+    assert statistics.spearman_test(list(range(7)), list(order)) == pytest.approx(p, abs=6e-4)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_ranks_with_ties_agree_with_scipy(seed):
+    g = np.random.default_rng(seed)
+    a, b = g.integers(0, 4, 6), g.normal(size=6)
+    assert statistics.ranks(a) == pytest.approx(stats.rankdata(a))
+    assert statistics.spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    found = stats.permutation_test((a, b), lambda x, y: stats.spearmanr(x, y).statistic,
+                                   permutation_type='pairings', n_resamples=np.inf)
+    assert statistics.spearman_test(a, b) == pytest.approx(found.pvalue, abs=2e-3)
