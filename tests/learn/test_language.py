@@ -189,7 +189,7 @@ def test_what_is_for_images_is_refused(fields):
 
 
 def test_long_items_are_counted_and_speeches_are_cut_without_loss():
-    c = make_config("fedavg", **FIELDS | dict(context=24), text_kind="choice")
+    c = make_config("fedavg", **FIELDS | dict(context=26), text_kind="choice")
     short = language_data(load_text(kind="choice"), c)
     assert short.skipped["train long"] + len(short.train) == 32
     text = replace(c, text_kind="text", context=10)
