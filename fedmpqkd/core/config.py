@@ -302,6 +302,15 @@ def _exchange_rules(c: 'RunConfig') -> Iterator[str]:
         if getattr(c, name) not in idle:
             yield f"{name}={getattr(c, name)!r} needs a model at the server: exchange='logits-only' has none"
 
+# %% ../../nbs/core/01_config.ipynb #2a1b0a7d
+def _language_rules(c: 'RunConfig') -> Iterator[str]:
+    "Text has no images to distort, and no activations are quantised in a pretrained model."
+    only_one = dict(exchange='model', stress='none', act_bits=32, label_noise=0, warm_start='none',
+                    teacher_norm='running', teacher_frozen=True)
+    for name, only in only_one.items():
+        if getattr(c, name) != only:
+            yield f'{name}={getattr(c, name)!r}: for images; a run with a tokenizer has {name}={only!r}'
+
 # %% ../../nbs/core/01_config.ipynb #dfcccc77
 def _peer_rules(c: 'RunConfig') -> Iterator[str]:
     "Without a server there is nobody who could send a teacher or collect updates."
@@ -316,14 +325,6 @@ def _own_step(update: str) -> bool:
     "Does a rule move its weights itself? A registered one says so; the built-in ones are known without it."
     known = update not in ('fp32', 'latent')
     return bool(getattr(UPDATE_RULES.get(update), 'own_step', known))
-
-def _language_rules(c: 'RunConfig') -> Iterator[str]:
-    "Text has no images to distort, and no activations are quantised in a pretrained model."
-    only_one = dict(exchange='model', stress='none', act_bits=32, label_noise=0, warm_start='none',
-                    teacher_norm='running', teacher_frozen=True)
-    for name, only in only_one.items():
-        if getattr(c, name) != only:
-            yield f'{name}={getattr(c, name)!r}: for images; a run with a tokenizer has {name}={only!r}'
 
 def _other_rules(c: 'RunConfig') -> Iterator[str]:
     if len(c.bits) not in (1, c.clients):

@@ -96,6 +96,7 @@ def predict(
 
     return torch.cat(list(pool.map(part, index.chunk(pool.size))))
 
+# %% ../../nbs/federation/12_pool.ipynb #e6860e07
 def evaluate(
     pool: WorkerPool,  # workers
     state: dict[str, Tensor],  # model

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'option_scores', 'plain_words', 'exact_match', 'rouge_l', 'pieces', 'LanguageData', 'coder_of', 'evenly',
-           'in_tokens', 'language_data', 'load_language', 'row_scores', 'trimmed_lengths', 'LanguageTask']
+           'in_tokens', 'language_data', 'load_language', 'trimmed_lengths', 'row_scores', 'LanguageTask']
 
 # %% ../../nbs/learn/09h_language.ipynb #ddde1758
 import hashlib
@@ -110,7 +110,7 @@ class LanguageData:
     fingerprint: str
     skipped: dict[str, int] = field(default_factory=dict)  # what is left out, by reason
 
-# %% ../../nbs/learn/09h_language.ipynb #120cf447
+# %% ../../nbs/learn/09h_language.ipynb #c3c24684
 def coder_of(
     text: TextData,
     config: RunConfig,  # model and tokenizer
@@ -130,7 +130,7 @@ def evenly(
     if not 0 < n < len(items): return tuple(items)
     return tuple(items[i] for i in np.linspace(0, len(items) - 1, n).round().astype(int))
 
-
+# %% ../../nbs/learn/09h_language.ipynb #a7b26d08
 def in_tokens(
     pairs: Sequence[tuple[str, str]],  # prompts and targets
     coder: TextCoder,
@@ -224,7 +224,16 @@ def load_language(
     model = config.model if config.tokenizer == 'own' else 'gpt-tiny'
     return _loaded(RunConfig(model=model, **used), data_dir)
 
-# %% ../../nbs/learn/09h_language.ipynb #93940bc4
+# %% ../../nbs/learn/09h_language.ipynb #b217db1d
+def trimmed_lengths(
+    x: Tensor,  # int64 [..., T], marked
+) -> Tensor:  # int64 [...]: positions up to the one behind the last that counts
+    "How much of each text is needed."
+    at = torch.arange(1, x.shape[-1] + 1, device=x.device)
+    last = (at * (x >= 0)).amax(-1)
+    return (last + 1).clamp(max=x.shape[-1])
+
+# %% ../../nbs/learn/09h_language.ipynb #42562a9a
 def row_scores(
     model: Callable[[Tensor], Tensor],  # marked ids to logits
     x: Tensor,  # int64 [M, T], marked
@@ -246,15 +255,6 @@ def row_scores(
         nll = -logp.where(counts, logp.new_zeros(())).sum(-1)
         found[part] = torch.stack([nll, counts.sum(-1).float(), hit.sum(-1).float()], -1)
     return found
-
-
-def trimmed_lengths(
-    x: Tensor,  # int64 [..., T], marked
-) -> Tensor:  # int64 [...]: positions up to the one behind the last that counts
-    "How much of each text is needed."
-    at = torch.arange(1, x.shape[-1] + 1, device=x.device)
-    last = (at * (x >= 0)).amax(-1)
-    return (last + 1).clamp(max=x.shape[-1])
 
 # %% ../../nbs/learn/09h_language.ipynb #a9325892
 # long: the interface in one piece

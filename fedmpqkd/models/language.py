@@ -81,7 +81,7 @@ def has_plain_head(causal: Any) -> bool:
     wanted = causal(input_ids=ids, use_cache=False).logits.float()
     return torch.allclose(head(hidden_states(causal, ids)).float(), wanted, 1e-3, 1e-3)
 
-# %% ../../nbs/models/04a_language.ipynb #401058bb
+# %% ../../nbs/models/04a_language.ipynb #d2a6785a
 def counted_logits(
     causal: Any,  # of `transformers`
     x: Tensor,  # int64 [..., T], from `marked`
@@ -100,7 +100,7 @@ def counted_logits(
     found: Tensor = logits.unflatten(0, tuple(x.shape[:-1]))
     return found
 
-
+# %% ../../nbs/models/04a_language.ipynb #61c5c495
 class LanguageModel(nn.Module):
     "A causal language model that is trained as a whole."
 
@@ -227,7 +227,7 @@ def unpacked(
     part.replace(target)
     return target
 
-# %% ../../nbs/models/04a_language.ipynb #b06c7cca
+# %% ../../nbs/models/04a_language.ipynb #f92a7c14
 def place_of(
     name: str,  # 'smollm2-135m', a folder, a GGUF file, or a name on the hub
 ) -> str:  # for `from_pretrained`
@@ -245,7 +245,7 @@ def place_of(
     raise ValueError(f'unknown model {name!r}; choose one of {known}, a folder, a GGUF file, or a name on '
                      'the hub, which has a slash')
 
-
+# %% ../../nbs/models/04a_language.ipynb #426f3336
 @lru_cache(maxsize=2)
 def load_causal(
     name: str,  # as for `place_of`
@@ -284,7 +284,7 @@ def shortened(
     causal.config.num_hidden_layers = layers
     return causal
 
-# %% ../../nbs/models/04a_language.ipynb #efe405a4
+# %% ../../nbs/models/04a_language.ipynb #63aadb91
 def spelled(
     old: TextCoder,
     new: Vocabulary,
@@ -301,7 +301,7 @@ def spelled(
         else: found.append(list(old.inner.encode(text, add_special_tokens=False).ids))
     return found
 
-
+# %% ../../nbs/models/04a_language.ipynb #7f598a52
 @torch.no_grad()
 def reembedded(
     causal: Any,  # changed in place

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['shared_copy', 'travelling', 'AdapterModel', 'adapted', 'build_language_model', 'holding', 'save_adapter']
 
-# %% ../../nbs/models/04b_lora.ipynb #3aa5997c
+# %% ../../nbs/models/04b_lora.ipynb #0d32614f
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -96,7 +97,7 @@ class AdapterModel(nn.Module):
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
 
-# %% ../../nbs/models/04b_lora.ipynb #d3bd51e9
+# %% ../../nbs/models/04b_lora.ipynb #9b8eaf34
 def adapted(
     causal: Any,  # stays as it is, and is shared
     rank: int = 8,  # r
@@ -111,7 +112,8 @@ def adapted(
     lora = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=as_list(targets),
                            modules_to_save=as_list(heads) or None, task_type='CAUSAL_LM')
     start = int(torch.randint(2**62, (), generator=torch_rng(seed, 'init')))
-    with seeded(start):
+    with seeded(start), warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)  # of one of the two packages about the other
         try: held = peft.get_peft_model(shared_copy(causal.requires_grad_(False)), lora)
         except ValueError as why:
             raise ValueError(f'lora_targets={targets!r}: {str(why).splitlines()[0]}') from why
