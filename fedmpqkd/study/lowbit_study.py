@@ -42,6 +42,7 @@ from fedmpqkd.study.students import (
     TeacherRecipe,
     as_file,
     as_network,
+    differing,
     digest,
     half,
     piece_id,

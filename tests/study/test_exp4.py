@@ -26,8 +26,8 @@ from fedmpqkd.study.students import (
     training_batches,
 )
 
-TINY = dict(train_images=120, test_images=60, teacher_epochs=1, images=64, others='', kept='', spread_epochs=1,
-            repeats=5, augments='none,erasing,augmix')
+TINY = dict(train_images=120, test_images=60, teacher_epochs=1, images=64, others='', kept='',
+            spread_epochs=1, repeats=5, augments='none,erasing,augmix')
 
 
 def test_the_notebook_from_the_command_line(tmp_path: Path):
