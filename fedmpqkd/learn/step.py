@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.config import RunConfig
 from .distill import GradRatio, distill_loss, gate
+from .importance import SquaredGradients
 from .replica import Clock, Replica
 from .task import Task, rows_of
 from .teacher import BatchTeacher, CoTeacher
@@ -46,6 +47,7 @@ class TrainState:
     clock: Clock
     anchors: list[Tensor] = field(default_factory=list)  # the received parameters, for FedProx
     ratio: GradRatio | None = None  # chooses the weight in every step
+    squares: SquaredGradients | None = None  # gathers the importance of weights
     totals: dict[str, Any] = field(default_factory=lambda: dict(loss=0.0, kd=0.0, steps=0, skipped=0))
 
 # %% ../../nbs/learn/09c_step.ipynb #157d0c82
@@ -124,9 +126,11 @@ def take_step(
 ) -> None:
     "From gradients to new weights."
     rule, clock = train_state.rule, train_state.clock
+    if rule or train_state.squares:
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in replica.weights]
+    if train_state.squares: train_state.squares.add(gradients)
     if rule:
-        with clock('quantise'):
-            rule.receive([torch.zeros_like(w) if w.grad is None else w.grad for w in replica.weights])
+        with clock('quantise'): rule.receive(gradients)
     with clock('optimiser'):
         train_state.optimizer.step()
         for p in (*replica.weights, *replica.others): p.grad = None
