@@ -88,15 +88,15 @@ def form_of(
     if isinstance(entry, Qsgd) and entry.bucket: text += f', buckets of {entry.bucket}'
     return text + (f', {lost} of them lost' if lost else '')
 
-# %% ../../nbs/wire/08b_messages.ipynb #302b088b
+# %% ../../nbs/wire/08b_messages.ipynb #a00d6f5f
 def _coded_form(
     config: RunConfig,  # how updates are coded
     size: Sequence[int],  # shape of a layer
 ) -> str:
     "The form of a layer's compressed update."
     if config.uplink == 'mixed': return 'Mixed of 16 bits'
-    if config.uplink == 'low-rank':
-        return 'LowRank of 16 bits' if is_low_rank(size, config.update_rank) else 'float16'
+    thin = is_low_rank(size, config.update_rank)
+    if config.uplink == 'low-rank': return 'LowRank of 16 bits' if thin else 'float16'
     if config.uplink == 'qsgd': return f'Qsgd of {config.update_bits} bits'
     if config.uplink == 'dither': return f'Dithered of {config.update_bits} bits'
     if not is_product(prod(size), config.pq_centroids, config.pq_dim): return 'Qsgd of 8 bits'
@@ -104,7 +104,7 @@ def _coded_form(
     bits = config.pq_centroids.bit_length() - 1
     return f'Pq of {bits} bits, sub-vectors of {config.pq_dim}, codebook: {book}'
 
-
+# %% ../../nbs/wire/08b_messages.ipynb #302b088b
 def forms_due(
     config: RunConfig,  # the method
     shape: Layout,  # which entries are quantised

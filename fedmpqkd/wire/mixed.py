@@ -45,7 +45,7 @@ from fedmpqkd.wire.format import (
 )
 from .updates import compensate
 
-# %% ../../nbs/wire/08d_mixed.ipynb #15b7a420
+# %% ../../nbs/wire/08d_mixed.ipynb #b2ee45dc
 def pack_varints(
     values: np.ndarray,  # int64 [n], 0 to 2**35 - 1
 ) -> bytes:
@@ -58,7 +58,7 @@ def pack_varints(
         out[ends[more] - lengths[more] + k] = values[more] >> 7 * k & 127 | 128 * (lengths[more] > k + 1)
     return out.tobytes()
 
-
+# %% ../../nbs/wire/08d_mixed.ipynb #38c519af
 def unpack_varints(
     reader: Reader,  # at the first of them
     count: int,  # how many
@@ -230,16 +230,7 @@ class MixedCodec(Codec):  # long: packing and its inverse together
 # %% ../../nbs/wire/08d_mixed.ipynb #0cda51d1
 register(MixedCodec())
 
-# %% ../../nbs/wire/08d_mixed.ipynb #09be9152
-def _sides(
-    shape: Sequence[int],  # of a tensor
-    rank: int,  # passed on
-) -> tuple[int, int, int]:  # rows, columns, rank
-    "A tensor as a matrix: its first dimension, and all others."
-    if not shape: raise WireError('a number has no factors')
-    return shape[0], prod(shape[1:]), rank
-
-
+# %% ../../nbs/wire/08d_mixed.ipynb #f01b4fab
 @dataclass(eq=False)
 class LowRank(Quantised):
     "A matrix as two thin ones: scale * left @ right.T."
@@ -259,6 +250,15 @@ class LowRank(Quantised):
         "The fp32 value of each entry."
         return (self.scale * self.left.float() @ self.right.float().T).reshape(self.size)
 
+# %% ../../nbs/wire/08d_mixed.ipynb #f276746a
+def _sides(
+    shape: Sequence[int],  # of a tensor
+    rank: int,  # passed on
+) -> tuple[int, int, int]:  # rows, columns, rank
+    "A tensor as a matrix: its first dimension, and all others."
+    if not shape: raise WireError('a number has no factors')
+    return shape[0], prod(shape[1:]), rank
+
 
 def is_low_rank(
     shape: Sequence[int],  # of a tensor
@@ -269,7 +269,7 @@ def is_low_rank(
     n, m = shape[0], prod(shape[1:])
     return 5 + 2 * rank * (n + m) < 2 * n * m
 
-# %% ../../nbs/wire/08d_mixed.ipynb #36373244
+# %% ../../nbs/wire/08d_mixed.ipynb #d095426d
 def low_rank(
     update: Tensor,  # fp32 [n, ...]
     rank: int,  # r
@@ -286,7 +286,7 @@ def low_rank(
     scale = float(np.float32(right.abs().max()))
     return LowRank(left.half(), (right / (scale or 1.0)).half(), scale, tuple(update.shape))
 
-
+# %% ../../nbs/wire/08d_mixed.ipynb #38d8a4d8
 class LowRankCodec(Codec):
     "Codec 10: rank, scale, two factors."
 
