@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..core.record import RoundLine
+
 # %% ../../nbs/federation/12g_watch.ipynb #c7cd5026
 def duration(
     seconds: float,  # any
@@ -91,7 +93,7 @@ class Progress:
         "Rounds that an earlier process finished."
         self.sweep.found(done)
 
-    def __call__(self, line: dict[str, Any]) -> None:
+    def __call__(self, line: RoundLine) -> None:
         "Show a round's line."
         which = f' (run {self.sweep.run} of {self.sweep.runs})' if self.sweep.runs > 1 else ''
         self.sweep.show(f"{self.name}{which}: round {line['round']}/{self.rounds}, "
