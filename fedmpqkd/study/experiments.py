@@ -100,11 +100,13 @@ EXP3 = Experiment(
 EXPERIMENTS: dict[str, Experiment] = {'exp1': EXP1, 'exp2': EXP2, 'exp3': EXP3}
 
 # %% ../../nbs/study/16b_experiments.ipynb #9d6fea5c
-_DEMO = dict(dataset='digits', model='cnn', clients=4, partition='iid', bits=2, batch_size=16, lr=0.05,
-             rounds=8, eval_images=0, precision='fp32', public_images=160, min_batch=8, seeds='0,1,2')
+_DEMO = dict(dataset='digits', model='cnn', clients=4, dirichlet=10.0, bits=2, batch_size=16, lr=0.05,
+             rounds=8, eval_images=0, precision='fp32', public_images=160, min_batch=8)
 
-for _experiment in (EXP1, EXP3): _experiment.presets['demo'] = _DEMO | dict(methods=_FOUR)
-EXP2.presets['demo'] = _DEMO | dict(participation=0.75, stress='attacks', methods=_FIVE)
+EXP1.presets['demo'] = _DEMO | dict(methods=_FOUR, seeds='0,1,2')
+EXP2.presets['demo'] = _DEMO | dict(dirichlet=0.5, participation=0.75, stress='attacks', methods=_FIVE,
+                                    seeds='0')
+EXP3.presets['demo'] = _DEMO | dict(dirichlet=0.5, rounds=5, methods=_FOUR, seeds='0')
 
 # %% ../../nbs/study/16b_experiments.ipynb #fd16c6d7
 def choose_device(
