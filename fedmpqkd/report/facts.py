@@ -9,7 +9,6 @@ __all__ = ['Facts', 'NUMBER', 'COLUMNS', 'VERSUS', 'MANUSCRIPT', 'Fact', 'number
            'claim_facts', 'published_facts', 'audit_facts', 'deviation_facts', 'all_facts']
 
 # %% ../../nbs/report/18a_facts.ipynb #e631875c
-# long: small functions that are read together
 import json
 import math
 import re
@@ -43,7 +42,6 @@ from ..study.experiments import CITED, EXPERIMENTS, plan, tuned_values
 from ..study.records import config_of, load_records
 
 # %% ../../nbs/report/18a_facts.ipynb #0b168e4b
-# long: small functions that are read together
 @dataclass(frozen=True)
 class Fact:
     "Something that the paper may print."
@@ -197,7 +195,6 @@ def method_facts(study: Study) -> Facts:
     return found
 
 # %% ../../nbs/report/18a_facts.ipynb #911840a3
-# long: small functions that are read together
 def _more(study: Study, a: str, b: str) -> Facts:
     "What one method costs more than another."
     frame, files = study.runs.frame, study.files(a, b)
@@ -376,7 +373,6 @@ def axis_facts(axis: str, studies: Sequence[Study]) -> Facts:
     return found
 
 # %% ../../nbs/report/18a_facts.ipynb #87574d6b
-# long: small functions that are read together
 _WORDS = ('none', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven',
           'twelve')
 
@@ -427,7 +423,6 @@ def finding(
     return Fact(text, f'paired comparison of {a} and {b} in {study.name}', study.files(a, b))
 
 # %% ../../nbs/report/18a_facts.ipynb #dd3cc382
-# long: small functions that are read together
 _CRITERIA = dict(
     i='2 points above the best quantised baseline, or a gap to full precision that is 25 % smaller',
     ii='no more bytes than FedMPQ in either direction',
@@ -455,7 +450,6 @@ def criteria_facts(studies: Sequence[Study]) -> Facts:
             'criteria.sentence': Fact(said, 'criteria in all settings', files)}
 
 # %% ../../nbs/report/18a_facts.ipynb #26f1b7a5
-# long: small functions that are read together
 _QUOTED = {  # name -> the number, and the words of the manuscript
     'ablation': ('82.0', 'The -KD ablation reverts to 82.0 ± 0.4 %'),
     'fedmpq_std': ('0.3', 'FedMPQ reaches 82.1 ± 0.3 %'),
