@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['UPDATE_RULES', 'DISTILL_LOSSES', 'COUNT', 'POSITIVE', 'SHARE', 'FINITE', 'STARTS', 'ROUNDING', 'ABOVE_0', 'RULES',
            'PARTS', 'REVISIONS', 'Allowed', 'one_of', 'interval', 'setting', 'TaskConfig', 'FederationConfig',
-           'TrainingConfig', 'QuantisationConfig', 'DistillationConfig', 'TrafficConfig', 'CodingConfig', 'as_list',
-           'as_typed', 'RunConfig', 'config_from', 'plain', 'canonical', 'Revision', 'algorithm_version', 'run_id']
+           'TrainingConfig', 'QuantisationConfig', 'DistillationConfig', 'TrafficConfig', 'CodingConfig',
+           'LanguageConfig', 'as_list', 'as_typed', 'RunConfig', 'config_from', 'plain', 'canonical', 'Revision',
+           'algorithm_version', 'run_id']
 
 # %% ../../nbs/core/01_config.ipynb #13849d93
 import dataclasses
@@ -95,8 +96,9 @@ STARTS = re.compile(r'none|fedavg:[1-9]\d*|public:[1-9]\d*')
 @dataclass(frozen=True, kw_only=True)
 class FederationConfig:
     "Who takes part, and how replies are averaged."
-    clients: int = setting(10, 'K', POSITIVE)
-    partition: str = setting('dirichlet', 'who holds what', one_of('iid', 'dirichlet', 'shards', 'quantity'))
+    clients: int = setting(10, 'how many there are (K)', POSITIVE)
+    partition: str = setting('dirichlet', 'who holds what', one_of('iid', 'dirichlet', 'shards',
+                             'quantity', 'natural'))
     dirichlet: float = setting(0.5, 'concentration of the label skew; smaller is harder, inf is IID',
                                interval('(0, inf]', 'greater than 0'))
     participation: float = setting(1.0, 'share of clients sampled each round', interval('(0, 1]'))
@@ -105,7 +107,7 @@ class FederationConfig:
                                 'bernoulli'))
     dropout_stage: str = setting('after_download', 'when they fail',
                                  one_of('before_download', 'after_download', 'after_train'))
-    rounds: int = setting(50, 'R', POSITIVE)
+    rounds: int = setting(50, 'communication rounds (R)', POSITIVE)
     warm_start: str = setting(
         'none', "'fedavg:N' rounds of FedAvg first, or 'public:E' epochs on a half that no client holds",
         Allowed(lambda v: bool(STARTS.fullmatch(v)), 'allowed are none, fedavg:N, public:E'))
@@ -117,7 +119,7 @@ class FederationConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     "How a client trains."
-    local_epochs: int = setting(1, 'E', POSITIVE)
+    local_epochs: int = setting(1, "passes over a client's samples in a round (E)", POSITIVE)
     batch_size: int = setting(64, 'samples a step', interval('[2, inf]', 'at least 2'))
     min_batch: int = setting(2, 'a last batch of fewer samples joins the one before it',
                              interval('[2, inf]', 'at least 2'))
@@ -165,7 +167,7 @@ ABOVE_0 = interval('(0, inf)', 'finite and greater than 0')
 class DistillationConfig:
     "Who teaches, by which loss, with which weight."
     alpha: float = setting(0.0, 'weight of the distillation term; 0 builds no teacher', FINITE)
-    temperature: float = setting(2.0, 'T', ABOVE_0)
+    temperature: float = setting(2.0, 'of the softened distributions (T)', ABOVE_0)
     kd_loss: str = setting('forward', 'divergence; forward is KL(teacher || student)',
                            one_of('forward', 'reverse', 'js', 'dkd', 'dist', 'mse', registry=DISTILL_LOSSES))
     teacher: str = setting('fp', 'what the frozen teacher is', one_of('fp', 'delivered', 'q8', 'ema'))
@@ -230,6 +232,26 @@ class CodingConfig:
                                 'class, or of its tensor', one_of('rms', 'class', 'group'))
     update_ternary: bool = setting(False, 'five 2-bit entries in a byte instead of four')
     update_rank: int = setting(1, "of an update with uplink='low-rank'", interval('[1, 255]'))
+
+# %% ../../nbs/core/01_config.ipynb #2fbc42a7
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    "Text instead of images."
+    tokenizer: str = setting(
+        '', "'' for images; 'own' is the model's, 'byte-bpe:512' is trained on the training texts")
+    text_kind: str = setting('choice', 'what the embedded text is used for; other sets have one kind',
+                             one_of('choice', 'class', 'answer', 'text'))
+    context: int = setting(128, 'tokens of the longest sample; longer ones are counted and left out',
+                           interval('[4, inf]', 'at least 4'))
+    chat: bool = setting(False, "put prompts into the tokenizer's chat template")
+    option_score: str = setting('byte', 'how likelihoods of options compare: per token, per byte, or in sum',
+                                one_of('token', 'byte', 'sum'))
+    lm_layers: int = setting(0, 'layers of a pretrained model that are kept, from the first; 0 is all', COUNT)
+    lora_rank: int = setting(0, 'rank of the adapters; 0 trains all weights', COUNT)
+    lora_alpha: float = setting(16.0, 'adapters are scaled by this over the rank', FINITE)
+    lora_dropout: float = setting(0.0, 'in front of the adapters', interval('[0, 1)'))
+    lora_targets: str = setting('q_proj,v_proj', 'linear layers that get adapters')
+    lora_heads: str = setting('', 'modules that are trained as a whole next to the adapters')
 
 # %% ../../nbs/core/01_config.ipynb #38024b04
 def as_list(
@@ -304,6 +326,15 @@ def _exchange_rules(c: 'RunConfig') -> Iterator[str]:
         if getattr(c, name) not in idle:
             yield f"{name}={getattr(c, name)!r} needs a model at the server: exchange='logits-only' has none"
 
+# %% ../../nbs/core/01_config.ipynb #2a1b0a7d
+def _language_rules(c: 'RunConfig') -> Iterator[str]:
+    "Text has no images to distort, and no activations are quantised in a pretrained model."
+    only_one = dict(exchange='model', stress='none', act_bits=32, label_noise=0, warm_start='none',
+                    teacher_norm='running', teacher_frozen=True)
+    for name, only in only_one.items():
+        if getattr(c, name) != only:
+            yield f'{name}={getattr(c, name)!r}: for images; a run with a tokenizer has {name}={only!r}'
+
 # %% ../../nbs/core/01_config.ipynb #dfcccc77
 def _peer_rules(c: 'RunConfig') -> Iterator[str]:
     "Without a server there is nobody who could send a teacher or collect updates."
@@ -322,6 +353,7 @@ def _own_step(update: str) -> bool:
 def _other_rules(c: 'RunConfig') -> Iterator[str]:
     if len(c.bits) not in (1, c.clients):
         yield f'bits has {len(c.bits)} budgets for {c.clients} clients: give one, or one per client'
+    if c.tokenizer: yield from _language_rules(c)
     if c.optimizer == 'adamw' and _own_step(c.update):
         yield f"optimizer='adamw' is for update fp32 and latent: {c.update} has a step of its own"
 
@@ -329,11 +361,11 @@ RULES = (_other_rules, _distillation_rules, _uplink_rules, _exchange_rules, _pee
 
 # %% ../../nbs/core/01_config.ipynb #d09baf47
 PARTS = (TaskConfig, FederationConfig, TrainingConfig, QuantisationConfig, DistillationConfig, TrafficConfig,
-         CodingConfig)
+         CodingConfig, LanguageConfig)
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(CodingConfig, TrafficConfig, DistillationConfig, QuantisationConfig, TrainingConfig,
-                FederationConfig, TaskConfig):
+class RunConfig(LanguageConfig, CodingConfig, TrafficConfig, DistillationConfig, QuantisationConfig,
+                TrainingConfig, FederationConfig, TaskConfig):
     "Everything that can change the result of one run."
     method: str = setting('fedavg', "the recipe's name")
 

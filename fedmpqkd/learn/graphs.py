@@ -57,6 +57,7 @@ def recordable(
 ) -> bool:  # False: every step is launched anew
     "Can the step of this method be recorded?"
     alike = config.optimizer == 'sgd' and config.teacher_frozen and config.alpha_schedule != 'grad-ratio'
+    alike = alike and not config.tokenizer  # batches of text have different lengths
     watched = config.uplink == 'mixed' and config.importance == 'batch-sq'  # looks at every step's gradients
     return device.type == 'cuda' and alike and not watched and config.update in (
         'fp32', 'signed-planes', 'latent')
