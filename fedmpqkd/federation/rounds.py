@@ -23,6 +23,7 @@ from ..core.record import RoundLine
 from ..core.streams import rng
 from ..data.labelnoise import noisy_clients, noisy_labels
 from ..data.partition import Partition, split
+from ..data.text import natural_split
 from .pool import WorkerPool, task_of
 from .server import Server, aggregate, downlink, receive
 from ..learn.client import ClientRound, Result, local_round
@@ -129,6 +130,12 @@ class Run:
     noisy: bool = False  # have labels been replaced?
 
 # %% ../../nbs/federation/12a_rounds.ipynb #233d6984
+def _shared_out(labels: np.ndarray, c: RunConfig) -> Partition:
+    "Who holds what: whole groups, or a random split."
+    if c.partition == 'natural': return natural_split(labels, c.clients)
+    return split(labels, c.clients, c.partition, c.seed, c.dirichlet)
+
+
 def open_run(
     config: RunConfig,  # what to run
     data: Any,  # a data set, already cut to size
@@ -143,7 +150,7 @@ def open_run(
     task = task_of(data, device)
     start = start or Start.scratch(len(task.labels))
     pool, labels = WorkerPool(config, task, device, workers), task.labels.cpu().numpy()
-    parts = split(labels[start.private], config.clients, config.partition, config.seed, config.dirichlet)
+    parts = _shared_out(labels[start.private], config)
     parts, validation = hold_out(start.held(parts), config)
     server = Server(config, pool.replica.layout, pool.replica.state | start.state)
     memories = Memories(folder, run_id(config, task.fingerprint))

@@ -59,6 +59,7 @@ def recordable(
     "Can the step of this method be recorded, and may it? `FEDMPQKD_GRAPHS=0` says no."
     if os.environ.get('FEDMPQKD_GRAPHS', '1') == '0': return False
     alike = config.optimizer == 'sgd' and config.teacher_frozen and config.alpha_schedule != 'grad-ratio'
+    alike = alike and not config.tokenizer  # batches of text have different lengths
     return device.type == 'cuda' and alike and config.update in ('fp32', 'signed-planes', 'latent')
 
 # %% ../../nbs/learn/09d_graphs.ipynb #f1a72558

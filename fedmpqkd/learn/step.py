@@ -27,7 +27,8 @@ def make_optimizer(
     config: RunConfig,  # which, and its rates
     parameters: list[Tensor],  # full-precision parameters and latent weights
 ) -> torch.optim.Optimizer:  # fresh: momentum starts from zero
-    "The ordinary optimiser of one local round."
+    "The ordinary optimiser of one local round; idle where a rule moves all there is, as with adapters."
+    parameters = parameters or [torch.zeros(())]
     if config.optimizer == 'adamw':
         return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, foreach=True)
     return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay,

@@ -38,6 +38,7 @@ from fedmpqkd.federation.methods import (
     with_code,
 )
 from ..federation.run import Progress, run
+from ..learn.language import load_language
 from .matched import equal_bytes
 
 # %% ../../nbs/study/16b_experiments.ipynb #a6e5111a
@@ -262,10 +263,11 @@ def _as_registered(job: Job) -> RunConfig:
     _need_plugins(job.plugins, job.config.extension)
     return with_code(job.config)
 
-def open_job(job: Job) -> tuple[Dataset, Journal]:
+def open_job(job: Job) -> tuple[Any, Journal]:
     "Data and journal of a job."
     c = _as_registered(job)
-    data = load_task(c.dataset, job.data_dir, c.train_images, c.test_images)
+    data: Any = load_language(c, job.data_dir) if c.tokenizer else load_task(
+        c.dataset, job.data_dir, c.train_images, c.test_images)
     name, identity = f'{c.method}_seed={c.seed}', run_id(c, data.fingerprint)
     journal = Journal(Path(job.results), job.group, name, identity)
     if journal.record_path.resolve().parent != Path(job.results, job.group).resolve():
