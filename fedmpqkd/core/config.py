@@ -95,7 +95,7 @@ STARTS = re.compile(r'none|fedavg:[1-9]\d*|public:[1-9]\d*')
 @dataclass(frozen=True, kw_only=True)
 class FederationConfig:
     "Who takes part, and how replies are averaged."
-    clients: int = setting(10, 'K', POSITIVE)
+    clients: int = setting(10, 'how many there are (K)', POSITIVE)
     partition: str = setting('dirichlet', 'who holds what', one_of('iid', 'dirichlet', 'shards',
                              'quantity', 'natural'))
     dirichlet: float = setting(0.5, 'concentration of the label skew; smaller is harder, inf is IID',
@@ -106,7 +106,7 @@ class FederationConfig:
                                 'bernoulli'))
     dropout_stage: str = setting('after_download', 'when they fail',
                                  one_of('before_download', 'after_download', 'after_train'))
-    rounds: int = setting(50, 'R', POSITIVE)
+    rounds: int = setting(50, 'communication rounds (R)', POSITIVE)
     warm_start: str = setting(
         'none', "'fedavg:N' rounds of FedAvg first, or 'public:E' epochs on a half that no client holds",
         Allowed(lambda v: bool(STARTS.fullmatch(v)), 'allowed are none, fedavg:N, public:E'))
@@ -118,7 +118,7 @@ class FederationConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     "How a client trains."
-    local_epochs: int = setting(1, 'E', POSITIVE)
+    local_epochs: int = setting(1, "passes over a client's samples in a round (E)", POSITIVE)
     batch_size: int = setting(64, 'samples a step', interval('[2, inf]', 'at least 2'))
     min_batch: int = setting(2, 'a last batch of fewer samples joins the one before it',
                              interval('[2, inf]', 'at least 2'))
@@ -166,7 +166,7 @@ ABOVE_0 = interval('(0, inf)', 'finite and greater than 0')
 class DistillationConfig:
     "Who teaches, by which loss, with which weight."
     alpha: float = setting(0.0, 'weight of the distillation term; 0 builds no teacher', FINITE)
-    temperature: float = setting(2.0, 'T', ABOVE_0)
+    temperature: float = setting(2.0, 'of the softened distributions (T)', ABOVE_0)
     kd_loss: str = setting('forward', 'divergence; forward is KL(teacher || student)',
                            one_of('forward', 'reverse', 'js', 'dkd', 'dist', 'mse', registry=DISTILL_LOSSES))
     teacher: str = setting('fp', 'what the frozen teacher is', one_of('fp', 'delivered', 'q8', 'ema'))
