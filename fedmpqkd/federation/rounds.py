@@ -185,6 +185,7 @@ def summary_of(logs: Sequence[dict[str, Any]]) -> RoundLine:
         if values: line[key] = float(np.mean(values))
     line['skipped'] = sum(log['skipped'] for log in logs)
     line['steps'] = sum(log['steps'] for log in logs)
+    if replayed := sum(log.get('replayed', 0) for log in logs): line['replayed'] = replayed
     phases: dict[str, float] = {}
     for log in logs:
         for phase, s in log['seconds'].items(): phases[phase] = phases.get(phase, 0.0) + s

@@ -49,7 +49,8 @@ class TrainState:
     anchors: list[Tensor] = field(default_factory=list)  # the received parameters, for FedProx
     ratio: GradRatio | None = None  # chooses the weight in every step
     squares: SquaredGradients | None = None  # gathers the importance of weights
-    totals: dict[str, Any] = field(default_factory=lambda: dict(loss=0.0, kd=0.0, steps=0, skipped=0))
+    totals: dict[str, Any] = field(default_factory=lambda: dict(
+        loss=0.0, kd=0.0, steps=0, skipped=0, replayed=0))
 
 # %% ../../nbs/learn/09c_step.ipynb #157d0c82
 def gradient_norm(
