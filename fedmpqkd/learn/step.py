@@ -23,7 +23,7 @@ from .teacher import BatchTeacher, CoTeacher
 from ..models.vision import Folded
 from ..quant.bits import Rule
 
-# %% ../../nbs/learn/09c_step.ipynb #3aecad1d
+# %% ../../nbs/learn/09c_step.ipynb #00cbbe0e
 def make_optimizer(
     config: RunConfig,  # which, and its rates
     parameters: list[Tensor],  # full-precision parameters and latent weights
@@ -35,6 +35,7 @@ def make_optimizer(
     return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay,
                            foreach=True)
 
+# %% ../../nbs/learn/09c_step.ipynb #3aecad1d
 @dataclass
 class TrainState:
     "What one local round trains with, besides the networks."
