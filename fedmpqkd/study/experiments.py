@@ -38,8 +38,8 @@ from fedmpqkd.federation.methods import (
     with_code,
 )
 from ..federation.run import run
-from ..learn.language import load_language
 from ..federation.watch import Progress, Sweep
+from ..learn.language import load_language
 from .matched import equal_bytes
 
 # %% ../../nbs/study/16b_experiments.ipynb #a6e5111a
