@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from .entries import Job, Workload
-from .measure import measure, read_records, write_records
+from .measure import measure, write_records
 from ..evaluate.statistics import paired_test
 
 # %% ../../nbs/bench/19d_parity.ipynb #a667ad14
@@ -62,7 +62,8 @@ def plot_parity(
     import matplotlib.pyplot as plt
 
     _, ax = plt.subplots(figsize=(5, 3))
-    for colour, entry in zip(('#0072b2', '#999999', '#d55e00'), ('fedavg', 'bare-fp32', 'flower'), strict=True):
+    colours = {'fedavg': '#0072b2', 'bare-fp32': '#999999', 'flower': '#d55e00'}
+    for entry, colour in colours.items():
         runs = [r['accuracy'] for r in records if r['entry'] == entry and 'accuracy' in r]
         for i, run in enumerate(runs):
             ax.plot(range(1, len(run) + 1), run, color=colour, lw=1, label=entry if i == 0 else None)

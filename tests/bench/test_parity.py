@@ -8,7 +8,8 @@ from fedmpqkd.bench.entries import WORKLOADS, Workload
 from fedmpqkd.bench.measure import read_records
 from fedmpqkd.bench.parity import measure_parity, parity_table, parity_verdict
 
-TINY = Workload("parity", "cnn", classes=4, clients=3, images=240, test_images=80, dirichlet=5.0, batch_size=16)
+TINY = Workload("parity", "cnn", classes=4, clients=3, images=240, test_images=80, dirichlet=5.0,
+                batch_size=16)
 
 
 def test_the_bare_loop_learns_the_same_and_seeds_differ(tmp_path):
