@@ -318,8 +318,7 @@ def run_command(
     same: dict[str, Any] = dict(rounds=options.rounds, threads=options.threads, device=device)
     if options.what == 'parity': return measure_parity(w, options.repeats, options.json, **same)
     if options.what == 'scaling':
-        entry, precision = pairs[0]
-        return measure_scaling(w, entry, options.repeats, options.json, precision=precision, **same)
+        return measure_scaling(w, pairs[0][0], options.repeats, options.json, precision=pairs[0][1], **same)
     jobs = [Job(w, entry, precision, **same) for entry, precision in pairs]
     return measure(jobs, options.repeats, options.json, not options.no_profile)
 
