@@ -56,6 +56,7 @@ def recordable(
     device: torch.device,  # where it runs
 ) -> bool:  # False: every step is launched anew
     "Can the step of this method be recorded?"
+    if (config.client_term, config.task_loss) != ('none', 'task'): return False
     alike = config.optimizer == 'sgd' and config.teacher_frozen and config.alpha_schedule != 'grad-ratio'
     return device.type == 'cuda' and alike and config.update in ('fp32', 'signed-planes', 'latent')
 
