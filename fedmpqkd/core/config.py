@@ -98,6 +98,7 @@ class TaskConfig:
     extension: str = setting('', "fingerprint of the user's own code, if any")
 
 # %% ../../nbs/core/01_config.ipynb #5a54fa7f
+# long: a list of fields
 STARTS = re.compile(r'none|fedavg:[1-9]\d*|public:[1-9]\d*')
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +333,7 @@ def exchanges_controls(
     "Do client and server send each other one more tensor a parameter?"
     return bool(getattr(CLIENT_TERMS.get(config.client_term), 'exchanges', config.client_term == 'scaffold'))
 
+# %% ../../nbs/core/01_config.ipynb #097d4649
 def _hook_rules(c: 'RunConfig') -> Iterator[str]:
     "Losses, terms of clients and rules of the server by name."
     if c.task_loss != 'task' and c.label_smoothing:

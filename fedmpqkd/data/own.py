@@ -60,7 +60,7 @@ def _pictures(
     if not images: raise DamagedData(f'{folder}: no pictures in folders of classes below it')
     return images, labels
 
-
+# %% ../../nbs/data/02d_own.ipynb #f19e9506
 def _divided(rows: Rows, share: float) -> tuple[Rows, Rows]:
     "Training and test part, stratified."
     if not 0 < share < 1: raise ValueError(f'test_share={share}: must be in (0, 1)')
@@ -158,7 +158,7 @@ def _part(
             labels.append(name)
     return images, labels
 
-
+# %% ../../nbs/data/02d_own.ipynb #b4d460a8
 def from_parquet(
     folder: str | Path,  # with train-*.parquet and test-*.parquet (or validation-*)
     size: int | tuple[int, int] | None = None,  # side, or height and width; None: all have one size

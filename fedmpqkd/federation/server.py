@@ -90,6 +90,8 @@ AGGREGATIONS.update({  # made where configurations are checked: a new name is al
     'samples': Aggregation(float),
     'uniform': Aggregation(lambda images: 1.0),
     'moshpit': Aggregation(float)})  # between peers; the mean over all of them is for the record
+
+# %% ../../nbs/federation/10_server.ipynb #86177271
 _OWN = frozenset(AGGREGATIONS)
 
 def register_aggregation(
@@ -102,7 +104,7 @@ def register_aggregation(
     AGGREGATIONS[name] = Aggregation(weight, start)
 
 # %% ../../nbs/federation/10_server.ipynb #b722f0f5
-class GlobalModel:
+class GlobalModel:  # long: all that a checkpoint holds
     "The global model, and what is known about its bits: all that a checkpoint holds."
 
     def __init__(self, config: RunConfig, shape: Layout, state: dict[str, Tensor]):

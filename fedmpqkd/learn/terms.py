@@ -43,6 +43,7 @@ def label_loss(
     return function(*rows_of(logits, targets))
 
 # %% ../../nbs/learn/09h_terms.ipynb #503eec6d
+# long: one interface
 @dataclass
 class Local:
     "What a term of one client may look at in one round."
@@ -78,6 +79,7 @@ class ClientTerm:
         return {}, {}
 
 # %% ../../nbs/learn/09h_terms.ipynb #20d8e2ba
+# long: one class
 class Scaffold(ClientTerm):
     "Control variates against drift."
     remembers = exchanges = True
