@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UPDATE_RULES', 'DISTILL_LOSSES', 'TASK_LOSSES', 'CLIENT_TERMS', 'AGGREGATIONS', 'SERVER_RULES', 'REGISTRIES', 'COUNT',
-           'POSITIVE', 'SHARE', 'FINITE', 'STARTS', 'ROUNDING', 'ABOVE_0', 'RULES', 'PARTS', 'ALGORITHM_VERSION',
-           'Allowed', 'one_of', 'interval', 'setting', 'TaskConfig', 'FederationConfig', 'TrainingConfig',
-           'QuantisationConfig', 'DistillationConfig', 'TrafficConfig', 'as_list', 'as_typed', 'exchanges_controls',
-           'RunConfig', 'config_from', 'plain', 'canonical', 'run_id']
+           'POSITIVE', 'SHARE', 'FINITE', 'STARTS', 'ROUNDING', 'ABOVE_0', 'RULES', 'PARTS', 'REVISIONS', 'Allowed',
+           'one_of', 'interval', 'setting', 'TaskConfig', 'FederationConfig', 'TrainingConfig', 'QuantisationConfig',
+           'DistillationConfig', 'TrafficConfig', 'as_list', 'as_typed', 'exchanges_controls', 'RunConfig',
+           'config_from', 'plain', 'canonical', 'Revision', 'algorithm_version', 'run_id']
 
 # %% ../../nbs/core/01_config.ipynb #13849d93
 import dataclasses
@@ -396,12 +396,36 @@ def canonical(
     return json.dumps({k: v for k, v in plain(config).items() if v != usual[k]}, sort_keys=True)
 
 # %% ../../nbs/core/01_config.ipynb #286ef40f
-ALGORITHM_VERSION = 1  # raise it whenever the numbers that a run produces change
+@dataclass(frozen=True)
+class Revision:
+    "A change of the code after which some configurations give other numbers."
+    version: int
+    why: str
+    touches: Callable[['RunConfig'], bool]  # which configurations
+
+REVISIONS = (
+    Revision(2, 'a layer of zeros, which pruning may leave below 4 bits, is given a scale and can learn',
+             lambda c: min(c.bits) < 4 and (c.update == 'int-sr' or c.bit_lr == 'plain'
+                                            or c.scale_update != 'overflow')),
+    Revision(2, 'a compressed uplink no longer overwrites the memory of a teacher that lasts',
+             lambda c: c.uplink != 'model' and c.distils and (c.teacher == 'ema' or c.teacher_refresh != 1)),
+    Revision(2, 'a warm start brings no activation ranges: they keep their initial values',
+             lambda c: c.act_bits < 4 and c.warm_start != 'none'),
+    Revision(2, 'a pooled variance is never below zero', lambda c: c.bn_pool == 'moments'),
+    Revision(2, "users' networks draw from named streams; no layer used twice is folded",
+             lambda c: bool(c.extension)))
+
+# %% ../../nbs/core/01_config.ipynb #8f48fc68
+def algorithm_version(
+    config: RunConfig,  # what is run
+) -> int:  # 1 is the first version of the code
+    "The last revision that changed this configuration's numbers."
+    return max((r.version for r in REVISIONS if r.touches(config)), default=1)
 
 def run_id(
     config: RunConfig,  # what is run
     data: str,  # the data set's fingerprint
 ) -> str:  # 12 hexadecimal digits
     "The identity of a run."
-    text = json.dumps([canonical(config), data, ALGORITHM_VERSION])
+    text = json.dumps([canonical(config), data, algorithm_version(config)])
     return hashlib.sha256(text.encode()).hexdigest()[:12]

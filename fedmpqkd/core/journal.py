@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -264,7 +264,7 @@ class Journal(WorkingFolder):
         for path in (self.folder / 'checkpoint.pt', self.folder / 'clients'):
             if path.exists(): quarantine(path)
 
-    def finish(self, record: dict[str, Any], model: dict[str, Any] | None = None) -> Path:
+    def finish(self, record: Mapping[str, object], model: dict[str, Any] | None = None) -> Path:
         "Write the final model and the record, then remove the working folder."
         if model is not None: write_atomic(self.model_path, packed(model))
         text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + '\n'

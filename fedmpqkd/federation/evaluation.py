@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import CLIENT_TERMS
+from ..core.record import RoundLine
 from ..evaluate.metrics import headline
 from .pool import evaluate, predict
 from .rounds import Run, run_round
@@ -51,7 +52,7 @@ def evaluate_round(
     full: Tensor,  # all test samples
     part: Tensor,  # the subset for ordinary rounds
     round: int,  # from 0
-) -> dict[str, Any]:  # the evaluation's part of the round's line
+) -> RoundLine:  # the evaluation's part
     "Deployed and full-precision quality after a round."
     c, quantised = run.config, run.config.update != 'fp32'
     late, last = round >= c.rounds - 5, round == c.rounds - 1
@@ -95,7 +96,7 @@ def validate(
 
 # %% ../../nbs/federation/12b_evaluation.ipynb #0a315e18
 def best_validation(
-    curve: list[dict[str, Any]],  # all rounds
+    curve: list[RoundLine],  # all rounds
 ) -> dict[str, float]:  # empty without a validation split
     "The round that validation would have chosen, and its accuracies."
     if 'accuracy_validation' not in curve[-1]: return {}
@@ -158,8 +159,8 @@ def fresh_statistics(
 @dataclasses.dataclass(frozen=True)
 class Protocol:
     "How a round is played, and how it is evaluated."
-    play: Callable[[Run, int], dict[str, Any]]  # run, round from 0 -> line
-    evaluate: Callable[[Run, Tensor, Tensor, int], dict[str, Any]]  # run, all, some, round -> more of it
+    play: Callable[[Run, int], RoundLine]  # run, round from 0 -> line
+    evaluate: Callable[[Run, Tensor, Tensor, int], RoundLine]  # run, all, some, round -> more of it
     has_model: bool = True  # False: the server's model is the first one for ever
 
 STAR = Protocol(run_round, evaluate_round)

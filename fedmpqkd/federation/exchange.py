@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import RunConfig
+from ..core.record import RoundLine
 from ..core.streams import rng, torch_rng
 from ..data.images import Dataset, normalize
 from ..data.partition import Partition
@@ -431,7 +432,7 @@ def collect(
 def exchange_round(
     run: Run,  # changed: mean logits, memories, with 'logits+model' its server
     round: int,  # from 0
-) -> dict[str, Any]:  # what happened, without the evaluation
+) -> RoundLine:  # what happened, without the evaluation
     "Send mean logits, let clients digest and train, average their logits."
     public, private, leakage = public_and_private(run)
     if round == 0: run.meter.add_manifest(public.manifest.encode())
@@ -452,7 +453,7 @@ def exchange_round(
     aggregate(run.server)
 
     digests = [log['digest'] for log in logs if np.isfinite(log.get('digest', np.nan))]
-    line: dict[str, Any] = dict(round=round + 1, sampled=len(chosen), arrived=average.clients)
+    line: RoundLine = dict(round=round + 1, sampled=len(chosen), arrived=average.clients)
     line |= dict(failed=problems, leakage=leakage) | summary_of(logs)
     return line | dict(digest=float(np.mean(digests))) if digests else line
 
@@ -510,7 +511,7 @@ def mean_answer(
 def distil_round(
     run: Run,  # changed: its server has a new model afterwards
     round: int,  # from 0
-) -> dict[str, Any]:  # what happened, without the evaluation
+) -> RoundLine:  # what happened, without the evaluation
     "An ordinary round, then distillation on the server."
     c, (public, private, leakage) = run.config, public_and_private(run)
     run.server.average = ensemble = Ensemble(c.bn_pool)
@@ -550,13 +551,13 @@ def client_scores(
     cut: list[dict[str, Any]],  # of the same at their budgets' bits
     budgets: list[float],  # of the clients
     images: int,  # evaluated
-) -> dict[str, Any]:  # part of the round's line
+) -> RoundLine:  # a part of it
     "Mean, worst and spread over clients, and the mean for each budget."
     accuracy, deployed = [r['accuracy'] for r in own], {}
     for budget in sorted(set(budgets)):
         found = [r for r, b in zip(cut, budgets, strict=True) if b == budget]
         deployed[f'{budget:g}'] = average_of(found, 'accuracy')
-    line: dict[str, Any] = dict(
+    line: RoundLine = dict(
         accuracy=average_of(own, 'accuracy'), accuracy_worst=min(accuracy),
         accuracy_std=float(np.std(accuracy)), ece=average_of(own, 'ece'), deployed=deployed,
         accuracy_quantised=average_of(cut, 'accuracy'), accuracy_fp=average_of(own, 'accuracy'),
@@ -570,7 +571,7 @@ def evaluate_clients(
     full: Tensor,  # all test images
     part: Tensor,  # the subset for ordinary rounds
     round: int,  # from 0
-) -> dict[str, Any]:  # the evaluation's part of the round's line
+) -> RoundLine:  # the evaluation's part
     "Quality of the clients' own models."
     c, pool = run.config, run.pool
     late, last = round >= c.rounds - 5, round == c.rounds - 1

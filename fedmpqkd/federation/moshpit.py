@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.config import RunConfig
+from ..core.record import RoundLine
 from ..core.streams import rng, torch_rng
 from .evaluation import Protocol, evaluate_round
 from .pool import evaluate
@@ -397,7 +398,7 @@ def train_peers(
 def moshpit_round(
     run: Run,  # changed: files of its clients, and its server for the record
     round: int,  # from 0
-) -> dict[str, Any]:  # what happened, without the evaluation
+) -> RoundLine:  # what happened, without the evaluation
     "Train from own models, average in groups, keep."
     if round == 0: begin(run)
     chosen, failing = participants(run.config, [len(p) for p in run.partition.parts], round)
@@ -411,7 +412,7 @@ def moshpit_round(
     observe(run, round)
 
     arrived = sum(p.met for p in trained.peers.values())
-    line: dict[str, Any] = dict(round=round + 1, sampled=len(chosen), arrived=arrived, failed=trained.failed)
+    line: RoundLine = dict(round=round + 1, sampled=len(chosen), arrived=arrived, failed=trained.failed)
     line |= summary_of(trained.logs)
     return line | dict(phases=line['phases'] | clock.seconds)
 
@@ -431,7 +432,7 @@ def evaluate_peers(
     full: Tensor,  # all test images
     part: Tensor,  # the subset for ordinary rounds
     round: int,  # from 0
-) -> dict[str, Any]:  # the evaluation's part of the round's line
+) -> RoundLine:  # the evaluation's part
     "Quality of the clients' own models, and of their mean."
     c, shape, scores, apart = run.config, run.server.layout, [], []
     index = full if round == c.rounds - 1 else part

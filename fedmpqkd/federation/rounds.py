@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.config import CLIENT_TERMS, RunConfig, run_id
 from ..core.journal import Damaged, sealed, unseal, write_atomic
+from ..core.record import RoundLine
 from ..core.streams import rng
 from ..data.labelnoise import noisy_clients, noisy_labels
 from ..data.partition import Partition, split
@@ -194,9 +195,9 @@ def visit(
     return down, result
 
 # %% ../../nbs/federation/12a_rounds.ipynb #e7cb4243
-def summary_of(logs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary_of(logs: Sequence[dict[str, Any]]) -> RoundLine:
     "One line from the clients' logs."
-    line: dict[str, Any] = {}
+    line: RoundLine = {}
     for key in ('loss', 'kd', 'moved', 'emptied', 'lasso_moved'):
         values = [log[key] for log in logs if np.isfinite(log.get(key, np.nan))]
         if values: line[key] = float(np.mean(values))
@@ -216,7 +217,7 @@ def longest_first(chosen: Iterable[int], sizes: Sequence[int]) -> list[int]:
 def run_round(
     run: Run,  # changed: its server has a new model afterwards
     round: int,  # from 0
-) -> dict[str, Any]:  # what happened, without the evaluation
+) -> RoundLine:  # what happened, without the evaluation
     "Send, train, collect, average."
     sizes = [len(p) for p in run.partition.parts]
     chosen, failing = participants(run.config, sizes, round)

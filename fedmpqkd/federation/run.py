@@ -12,15 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.config import ALGORITHM_VERSION, RunConfig, plain, run_id
+from ..core.config import RunConfig, algorithm_version, plain, run_id
 from ..core.journal import Damaged, Journal
 from ..core.machine import commit, environment
+from ..core.record import DataFacts, Record, RoundLine, Summary
 from ..data.images import stratified_indices
 from ..evaluate.metrics import auc, client_dispersion, headline, peak_memory_mib
 from fedmpqkd.federation.evaluation import (
@@ -73,7 +74,7 @@ class Progress:
         "Rounds that an earlier process finished."
         self.first = done
 
-    def __call__(self, line: dict[str, Any]) -> None:
+    def __call__(self, line: RoundLine) -> None:
         "Show a round's line."
         done = line['round']
         left = (time.perf_counter() - self.start) / max(1, done - self.first) * (self.rounds - done)
@@ -107,8 +108,8 @@ def test_parts(
 # %% ../../nbs/federation/12f_run.ipynb #0bb1d09b
 def _tell_emptied(
     method: str,  # whose run
-    line: dict[str, Any],  # of this round
-    curve: list[dict[str, Any]],  # of the rounds before
+    line: RoundLine,  # of this round
+    curve: list[RoundLine],  # of the rounds before
 ) -> None:
     "Say once that clients start from a model of which a third hardly holds anything."
     if line.get('emptied', 0) <= 1 / 3 or any(past.get('emptied', 0) > 1 / 3 for past in curve): return
@@ -120,8 +121,8 @@ def _tell_emptied(
 @one_thread()
 def play(
     run: Run,  # from `open_run`
-    curve: list[dict[str, Any]],  # rounds already played; extended in place
-    after: Callable[[list[dict[str, Any]]], None] = lambda curve: None,  # called after every round
+    curve: list[RoundLine],  # rounds already played; extended in place
+    after: Callable[[list[RoundLine]], None] = lambda curve: None,  # called after every round
     until: int | None = None,  # stop after so many rounds; None: after the last
 ) -> None:
     "Play the rounds that are missing."
@@ -165,7 +166,7 @@ def recalibrated(
 # %% ../../nbs/federation/12f_run.ipynb #ee81754c
 def dispersion(
     run: Run,  # after its last round
-    line: dict[str, Any],  # the last round's: accuracy per class in percent, of each budget if they differ
+    line: RoundLine,  # the last round's: accuracy per class in percent, of each budget if they differ
 ) -> dict[str, float]:
     "How unequally the clients are served by their models; empty where that cannot be told."
     several: dict[str, list[float | None]] = line.get('per_class_deployed', {'': line['per_class']})
@@ -192,8 +193,8 @@ def bits_used(
 # %% ../../nbs/federation/12f_run.ipynb #76ff0b29
 def summarize(
     run: Run,  # after its last round
-    curve: list[dict[str, Any]],  # all rounds
-) -> dict[str, Any]:  # the numbers that tables are made of
+    curve: list[RoundLine],  # all rounds
+) -> Summary:  # the numbers that tables are made of
     "The record's summary."
     last, columns = curve[-1], {key: [line[key] for line in curve] for key in curve[-1] if key in curve[0]}
     return dict(
@@ -211,32 +212,34 @@ def summarize(
 # %% ../../nbs/federation/12f_run.ipynb #e31c9599
 def size_of(
     task: Task,  # any
-) -> dict[str, Any]:  # empty for images of 32x32 pixels in three colours, and for other things
-    "What a record says about the images' size, where it is not the usual one."
+) -> list[int]:  # empty for images of 32x32 pixels in three colours, and for other things
+    "Channels, height and width of the images, where they are not the usual ones."
     image = getattr(getattr(task, 'data', None), 'image', (3, 32, 32))
-    return {} if image == (3, 32, 32) else dict(image=list(image))
+    return [] if image == (3, 32, 32) else list(image)
 
 # %% ../../nbs/federation/12f_run.ipynb #5e4b0677
 def make_record(
     federation: Run,  # after its last round
-    curve: list[dict[str, Any]],  # all rounds
-) -> dict[str, Any]:  # as it is written
+    curve: list[RoundLine],  # all rounds
+) -> Record:  # as it is written
     "Everything about a finished run."
     c, task, states = federation.config, federation.pool.task, final_states(federation)
-    trials = {} if c.stress == 'none' else dict(
-        robustness=stress_test(federation.pool, states, c.stress, seed=c.seed))
-    return trials | dict(
-        id=run_id(c, task.fingerprint), config=plain(c), algorithm=ALGORITHM_VERSION,
-        data=dict(name=task.name, fingerprint=task.fingerprint, train=len(task.train_targets),
-                  test=len(task.test_targets), classes=task.classes, **size_of(task)),
+    record = Record(
+        id=run_id(c, task.fingerprint), config=plain(c), algorithm=algorithm_version(c),
+        data=DataFacts(name=task.name, fingerprint=task.fingerprint, train=len(task.train_targets),
+                       test=len(task.test_targets), classes=task.classes),
         summary=summarize(federation, curve), curve=curve, commit=commit(),
         environment=environment(federation.pool.device) | dict(workers=federation.pool.size))
+    if size := size_of(task): record['data']['image'] = size
+    if c.stress != 'none':
+        record['robustness'] = stress_test(federation.pool, states, c.stress, seed=c.seed)
+    return record
 
 # %% ../../nbs/federation/12f_run.ipynb #33b9ce81
 def resume(
     federation: Run,  # before its first round; filled
     journal: Journal,  # with the checkpoint, if there is one
-) -> list[dict[str, Any]]:  # its curve so far
+) -> list[RoundLine]:  # its curve so far
     "Take up a stopped run's state."
     saved = journal.load()
     if saved is None: return []
@@ -254,7 +257,7 @@ def compute(
     device: str | torch.device,  # where to compute
     workers: int,  # threads
     progress: Any,  # shows rounds as they end
-) -> dict[str, Any]:  # the record
+) -> Record:
     "Play a run, or the rest of it."
     folder = journal.folder / 'clients' if journal else None
     start = None if config.warm_start == 'none' else starting_point(config, data, device, workers)
@@ -262,7 +265,7 @@ def compute(
     curve = resume(federation, journal) if journal else []
     if progress: progress.resume(len(curve))
 
-    def after(lines: list[dict[str, Any]]) -> None:
+    def after(lines: list[RoundLine]) -> None:
         if journal:
             extra = dict(meter=dataclasses.asdict(federation.meter), memories=dict(federation.memories.last))
             journal.save(federation.server.checkpoint() | extra, lines)
@@ -283,15 +286,15 @@ def run(
     device: str | torch.device = 'cpu',  # where to compute
     workers: int = 0,  # threads on a CPU; 0 is one per core
     progress: Any = None,  # shows rounds as they end, see `Progress`
-) -> dict[str, Any]:  # the record
+) -> Record:
     "Run a configuration, or finish a run that was stopped."
     if journal is None: return compute(config, data, None, device, workers, progress)
     journal.tidy()
-    if done := journal.record(): return done
+    if done := journal.record(): return cast(Record, done)
     with journal.claim():
         if done := journal.record():
             journal.discard()
-            return done
+            return cast(Record, done)
         try: return compute(config, data, journal, device, workers, progress)
         except Damaged as why: print(f'{why}; the run starts again from its beginning', flush=True)
         journal.start_over()

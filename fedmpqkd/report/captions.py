@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..core.config import RunConfig, config_from
 from ..core.journal import project_root, write_atomic
+from ..core.record import Record
 from ..models.vision import build_model, layout
 from .claims import PAPER, beside_the_paper
 from fedmpqkd.report.evidence import (
@@ -34,7 +35,7 @@ from fedmpqkd.report.evidence import (
     to_markdown,
 )
 from ..study.experiments import EXPERIMENTS, tuned_for, tuned_values
-from ..study.records import SETTING, Record, config_of
+from ..study.records import SETTING, config_of
 
 # %% ../../nbs/report/17a_captions.ipynb #0e480d22
 def _many(count: int, word: str) -> str:

@@ -12,11 +12,12 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.record import Record
 from ..evaluate.metrics import gap_closed
 from ..federation.methods import difference, make_config
 from .evidence import Records, extra_time, gather
 from ..study.experiments import EXPERIMENTS
-from ..study.records import Record, config_of
+from ..study.records import config_of
 
 # %% ../../nbs/report/17b_claims.ipynb #bf3ba9bd
 _GAP = 'gap to fedavg closed %'

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.config import RunConfig
+from ..core.record import Record
 from ..core.streams import torch_rng
 from ..federation.evaluation import fresh_statistics, plain_batches
 from ..federation.pool import WorkerPool, evaluate
@@ -32,7 +33,6 @@ from ..learn.teacher import CoTeacher
 from ..learn.vision import VisionTask
 from ..quant.bits import Layer, hinge_gradient, kappa, lasso_moved, moved_share, plane_weights
 from .evidence import Records, runs_frame
-from ..study.records import Record
 from ..wire.format import decode
 from ..wire.messages import manifest_of
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.record import Record
 from ..evaluate.attacks import EPSILONS, TRANSFER
 from ..evaluate.statistics import holm, paired_test
 from ..federation.methods import RECIPES
-from ..study.records import Record, check_comparable
+from ..study.records import check_comparable
 
 # %% ../../nbs/report/17_evidence.ipynb #83c2e6f8
 TRIALS = ('Clean %', *(f'FGSM {e}/255' for e in EPSILONS),

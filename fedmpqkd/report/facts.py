@@ -20,6 +20,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.record import Record
 from ..models.vision import build_model, quantized_names
 from .captions import caption, hardware, robustness_caption
 from .claims import PAPER, beside_the_paper
@@ -36,7 +37,7 @@ from fedmpqkd.report.evidence import (
 from .readings import in_settings, planned, pre_declared
 from ..study.axes import axis_points
 from ..study.experiments import EXPERIMENTS, plan, tuned_values
-from ..study.records import Record, config_of, load_records
+from ..study.records import config_of, load_records
 
 # %% ../../nbs/report/18a_facts.ipynb #0b168e4b
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..core.record import Record
 from ..evaluate.metrics import gap_closed, headline
 from ..evaluate.statistics import holm, paired_test
 from ..federation.methods import RECIPES
 from ..study.experiments import EXPERIMENTS, plan
-from ..study.records import SETTING, Record, check_comparable, config_of
+from ..study.records import SETTING, check_comparable, config_of
 
 # %% ../../nbs/report/17c_readings.ipynb #10efc4ce
 def _pair(a: Sequence[float], b: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,13 +7,13 @@ __all__ = ['A_ROUND', 'made_up_record', 'with_trial']
 
 # %% ../../nbs/study/16e_examples.ipynb #36f8f241
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from ..core.config import ALGORITHM_VERSION, plain
+from ..core.config import algorithm_version, plain
+from ..core.record import DataFacts, Record, RoundLine, Summary
 from ..evaluate.attacks import EPSILONS, TRANSFER
 from ..evaluate.metrics import auc, headline
 from ..federation.methods import make_config
-from .records import Record
 
 # %% ../../nbs/study/16e_examples.ipynb #e59cb11c
 A_ROUND: dict[str, Any] = dict(
@@ -25,7 +25,7 @@ def _every_round(value: float | Sequence[float], rounds: int) -> list[float]:
     return [value] * rounds if isinstance(value, int | float) else list(value)
 
 # %% ../../nbs/study/16e_examples.ipynb #6fe43b17
-def _curve(accuracy: Sequence[float], seconds: Sequence[float], **line: Any) -> list[dict[str, Any]]:
+def _curve(accuracy: Sequence[float], seconds: Sequence[float], **line: Any) -> list[RoundLine]:
     "One line per round; the full-precision model is a point better, and evaluation doubles the time."
     curve = []
     for t, (a, s) in enumerate(zip(accuracy, seconds, strict=True), 1):
@@ -33,7 +33,7 @@ def _curve(accuracy: Sequence[float], seconds: Sequence[float], **line: Any) -> 
         curve.append(dict(round=t, seconds=2 * s, seconds_training=s) | scores | line)
     return curve
 
-def _summary(accuracy: float, curve: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _summary(accuracy: float, curve: Sequence[RoundLine]) -> Summary:
     "What a run says of itself at its end."
     last = dict(accuracy_last=accuracy, accuracy_recalibrated=accuracy + 2, accuracy_fp=accuracy + 1,
                 accuracy_quantised=accuracy, ece=curve[-1]['ece'], dispersion=dict(std=3.0), seconds=10.0)
@@ -58,9 +58,9 @@ def made_up_record(
     config = make_config(method, **dict(alpha=0.5) | fields | dict(seed=seed, rounds=rounds))
     says = A_ROUND | (dict(kd=0.0) if not config.alpha else {}) | dict(line or {})
     curve = _curve(_every_round(accuracy, rounds), _every_round(seconds, rounds), **says)
-    return dict(
-        id=f'{method}-{seed}', algorithm=ALGORITHM_VERSION, commit='', config=plain(config),
-        data=dict(name='digits', fingerprint='f', train=1000, test=500, classes=10),
+    return Record(
+        id=f'{method}-{seed}', algorithm=algorithm_version(config), commit='', config=plain(config),
+        data=DataFacts(name='digits', fingerprint='f', train=1000, test=500, classes=10),
         summary=_summary(score, curve), curve=curve,
         environment=dict(device=device, cores=2, workers=2))
 
@@ -81,4 +81,4 @@ def with_trial(
     if severity_3 is not None:
         means = {'fp': {}, own: dict(mca=45.0, severity_3=severity_3)}
         found |= dict(corruption_means=means, corruption_set=corruption_set)
-    return record | dict(robustness=found)
+    return cast(Record, record | dict(robustness=found))

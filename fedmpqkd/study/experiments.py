@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..core.config import RunConfig, as_list, as_typed, run_id
 from ..core.journal import Claimed, Journal, project_root, read_record
 from ..core.machine import has_bf16
+from ..core.record import Record
 from ..core.usercode import import_file
 from ..data.images import _LOADERS, DataMissing, Dataset, load_dataset
 from fedmpqkd.federation.methods import (
@@ -39,7 +40,6 @@ from fedmpqkd.federation.methods import (
 )
 from ..federation.run import Progress, run
 from .matched import equal_bytes
-from .records import Record
 
 # %% ../../nbs/study/16b_experiments.ipynb #a6e5111a
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def _attempt(job: Job) -> Record | Claimed:
     "The record of a job, found or computed; or who is computing it."
     data, journal = open_job(job)
     journal.tidy()
-    if (done := journal.record()) is not None: return done
+    if (done := journal.record()) is not None: return cast(Record, done)
     c = _as_registered(job)
     progress = None if job.quiet else Progress(f'{c.method} seed {c.seed}', c.rounds)
     try: return run(c, data, journal, job.device, job.workers, progress)

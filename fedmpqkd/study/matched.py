@@ -16,9 +16,10 @@ from functools import cache
 from torch import nn
 
 from ..core.config import RunConfig
+from ..core.record import Record
 from ..models.vision import build_model, layout
 from ..quant.bits import uniform_bits
-from .records import Record, config_of
+from .records import config_of
 from ..wire.format import Message, forecast
 from ..wire.messages import downlink_entries
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..core.config import as_list
 from ..core.journal import project_root, read_record, write_atomic
+from ..core.record import Record
 from .experiments import EXPERIMENTS, run_experiment, tuned_path
-from .records import Record
 
 # %% ../../nbs/study/16c_tuning.ipynb #dc571c5f
 RATES = (0.03, 0.1, 0.3)  # the default grid: learning rates around the published one

@@ -651,7 +651,7 @@ GOLDEN = dict(loss=(2.3578922748565674, 2.28173166513443), kd=(.0494091818109154
 
 
 def test_golden_run():
-    "Two clients, two rounds, four bits, a teacher: the numbers of ALGORITHM_VERSION 1."
+    "Two clients, two rounds, four bits, a teacher: the numbers of version 1 of the algorithm."
     fields = dict(model='resnet8', clients=2, rounds=2, dirichlet=1.0, batch_size=64, eval_images=0,
                   kd_warmup_rounds=0)
     curve = run(make_config('fedmpq-kd', **fields, **KD), digits(200, 100), workers=1)['curve']
@@ -660,7 +660,7 @@ def test_golden_run():
         got = [line[key] for line in curve]
         assert got == pytest.approx(GOLDEN[key], rel=tolerance), (
             f'the numerics of a run have changed ({key} is {got}, was {list(GOLDEN[key])}): if that is '
-            'intended, raise ALGORITHM_VERSION in core and write the new numbers here; otherwise it is a bug')
+            'intended, add a Revision to core.config and write the new numbers here; otherwise it is a bug')
     assert [(line['bytes_down'], line['bytes_up']) for line in curve] == [(630738, 125762)] * 2
 
 

@@ -32,7 +32,8 @@ def test_all_examples_in_one_command(tmp_path):
     records = [json.loads(p.read_text()) for p in (tmp_path / 'results' / 'exp1' / 'smoke').glob('*.json')]
     assert {r['config']['method'] for r in records} == set(METHODS)
     for r in records:
-        assert (r['data']['name'], r['data']['image'], r['data']['train']) == ('small-digits', [1, 8, 8], 1400)
+        facts = r['data']['name'], r['data']['image'], r['data']['train']
+        assert facts == ('small-digits', [1, 8, 8], 1400)
         assert not any(line['failed'] for line in r['curve'])
     parts = [p for r in records for p in r["config"]["extension"].split("+")]
     named = {p.partition(":")[0] for p in parts}
