@@ -25,6 +25,8 @@ from ..models.vision import build_model, quantized_names
 from .captions import caption, hardware, robustness_caption
 from .claims import PAPER, beside_the_paper
 from fedmpqkd.report.evidence import (
+    MARGIN,
+    PAIRS,
     Runs,
     comparisons,
     extra_time,
@@ -36,7 +38,7 @@ from fedmpqkd.report.evidence import (
 )
 from .readings import in_settings, planned, pre_declared
 from ..study.axes import axis_points
-from ..study.experiments import EXPERIMENTS, plan, tuned_values
+from ..study.experiments import CITED, EXPERIMENTS, plan, tuned_values
 from ..study.records import config_of, load_records
 
 # %% ../../nbs/report/18a_facts.ipynb #0b168e4b
@@ -88,12 +90,14 @@ class Study:
                      if (c := r['config'])['method'] in methods or not methods)
 
 # %% ../../nbs/report/18a_facts.ipynb #49e2dc08
+# long: small functions that are read together
 def load_study(
     results: Path,  # results folder
     name: str,  # 'exp1', ...
-    preset: str = 'study',
+    preset: str = '',  # '' for the scale that is cited
 ) -> Study:  # without records where none are there
     "The runs of an experiment's plan at one scale; all that are there if none of them is of the plan."
+    preset = preset or CITED[name]
     found = load_records(results, name, preset)
     own = planned(found, name, preset, tuned_values(results, name, preset))
     return Study(name, f'{name}/{preset}', tuple(own or found))
@@ -101,9 +105,10 @@ def load_study(
 def load_axis(
     results: Path,  # results folder
     axis: str,  # its name
-    preset: str = 'study',
+    preset: str = '',  # '' for the scale that is cited
 ) -> list[Study]:  # one for each point that was run, 'start.public-4'
     "The runs of the third experiment along an axis."
+    preset = preset or CITED['exp3']
     found, experiment = load_records(results, 'exp3', preset), EXPERIMENTS['exp3']
     tuned, studies = tuned_values(results, experiment.tuned_by, preset), []
     for label, values in axis_points(axis, preset).items():
@@ -218,8 +223,7 @@ def work_facts(study: Study, method: str = 'fedmpq') -> Facts:
     return {f'{method}.{key}': Fact(text, how, files) for key, text in said.items()}
 
 # %% ../../nbs/report/18a_facts.ipynb #264c13a0
-VERSUS = (('fedmpq-kd', 'fedmpq'), ('fedmpq-kd-delivered', 'fedmpq'), ('fedmpq-kd-high', 'fedmpq'),
-          ('fedmpq-kd-batch', 'fedmpq'), ('fedmpq', 'qat-uniform'), ('fedmpq-kd', 'fedkd'))
+VERSUS = (*PAIRS, ('fedmpq-kd', 'fedkd'))
 
 def compared(study: Study) -> pd.DataFrame:
     "The comparisons of a study, corrected as one family."
@@ -228,9 +232,10 @@ def compared(study: Study) -> pd.DataFrame:
 
 def verdict_text(row: Any) -> str:
     "What a comparison decides, in words."
+    if row.verdict == 'equivalent': return f'no difference of {MARGIN:g} point: equivalent'
     if row.verdict != 'undecided': return str(row.verdict).replace(' higher', ' is higher')
     if row.n < 2: return 'one pair, no test: undecided'
-    if row.n >= 5: return 'undecided'
+    if row.n >= 5: return f'undecided; {row.detectable:.1f} points could have been found'
     zero = 'excludes zero' if row.ci_low > 0 or row.ci_high < 0 else 'holds zero'
     return f'the interval {zero}, and fewer than five pairs decide nothing: undecided'
 
@@ -245,8 +250,8 @@ def pair_facts(study: Study) -> Facts:
             n=str(row.n), difference=f'{row.difference:+.2f}',
             interval=f'{row.ci_low:.2f} to {row.ci_high:.2f}',
             p=f'{row.p:.2g}', p_holm=f'{row.p_holm:.2g}', sign_flip=f'{row.sign_flip_p:.2g}',
-            resolved=f'{half:.1f}', verdict=verdict_text(row))
-        decided = 'undecided' if row.verdict == 'undecided' else 'decided'
+            resolved=f'{half:.1f}', detectable=f'{row.detectable:.1f}', verdict=verdict_text(row))
+        decided = row.verdict if row.verdict in ('undecided', 'equivalent') else 'decided'
         said['brief'] = f'{said["difference"]} points ({said["interval"]}; {decided})'
         said['sentence'] = (f'{said["difference"]} points (95 % interval {said["interval"]}, n = {row.n}, '
                             f'p = {said["p_holm"]} after Holm; {said["verdict"]})')
@@ -406,7 +411,9 @@ def finding(
     size = f'{abs(row.difference):.2f} points'
     way = 'raises' if row.difference > 0 else 'lowers'
     interval = f'95 % interval {row.ci_low:.2f} to {row.ci_high:.2f}, n = {row.n}'
-    if row.verdict != 'undecided': text = f'{way} accuracy by {size} ({interval})'
+    if row.verdict == 'equivalent':
+        text = f'makes no difference of {MARGIN:g} point ({row.difference:+.2f} points, {interval})'
+    elif row.verdict != 'undecided': text = f'{way} accuracy by {size} ({interval})'
     elif row.ci_low > 0 or row.ci_high < 0:
         text = f'{way} accuracy by {size} ({interval}), an interval without zero but ' + (
             'too few pairs to decide' if row.n < 5 else 'undecided after correction for several claims')
@@ -554,7 +561,7 @@ def deviation_facts(
 # %% ../../nbs/report/18a_facts.ipynb #7d832878
 def all_facts(
     root: Path,  # the repository
-    preset: str = 'study',
+    preset: str = '',  # '' for the scales that are cited
 ) -> Facts:
     "Everything that the paper may print."
     results = root / 'results'

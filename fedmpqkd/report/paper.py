@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'APPENDIX', 'read_section', 'placeholders', 'fill', 'typed_numbers', 'check', 'sections', 'Trace', 'trace',
-           'generated', 'write', 'complaints', 'compile_paper', 'build', 'main']
+           'generated', 'write', 'refresh', 'complaints', 'compile_paper', 'build', 'main']
 
 # %% ../../nbs/report/18_paper.ipynb #f44413bb
 import json
@@ -133,7 +133,7 @@ def trace(
 # %% ../../nbs/report/18_paper.ipynb #6daecb98
 def generated(
     root: Path,  # the repository
-    preset: str = 'study',  # the scale of the records
+    preset: str = '',  # of the records; '' for the scales that are cited
 ) -> dict[str, bytes]:  # path below paper/ -> content
     "Everything that the paper takes in."
     latex = sections(root, all_facts(root, preset))
@@ -147,11 +147,23 @@ def generated(
 
 def write(
     root: Path | None = None,  # the repository; None is the one around here
-    preset: str = 'study',  # the scale of the records
+    preset: str = '',  # of the records; '' for the scales that are cited
 ) -> list[Path]:  # what was written
     "Write the generated parts of the paper."
     root = root or project_root()
     return [write_atomic(root / 'paper' / path, data) for path, data in generated(root, preset).items()]
+
+# %% ../../nbs/report/18_paper.ipynb #e2793d38
+def refresh(
+    declared: bool,  # were all rows of the cited preset run, and nothing else?
+    root: Path | None = None,  # the repository; None is the one around here
+) -> list[Path]:  # what was written
+    "The paper's part of an experiment: all generated parts, where its records are evidence."
+    root = root or project_root()
+    if not declared or not (root / 'paper' / 'sections').is_dir(): return []
+    try: return write(root)
+    except (ImportError, KeyError, ValueError) as why: print(f'paper/ stays as it is: {why}')
+    return []
 
 # %% ../../nbs/report/18_paper.ipynb #47787037
 _COMPLAINTS = re.compile(
@@ -191,7 +203,7 @@ def compile_paper(
 # %% ../../nbs/report/18_paper.ipynb #cbe62c24
 def build(
     root: Path | None = None,  # the repository; None is the one around here
-    preset: str = 'study',  # the scale of the records
+    preset: str = '',  # of the records; '' for the scales that are cited
 ) -> Path:  # paper/main.pdf
     "From records to the PDF."
     root = root or project_root()

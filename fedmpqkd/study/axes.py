@@ -127,10 +127,10 @@ AXES |= {
 # %% ../../nbs/study/16d_axes.ipynb #c1253d04
 AXES |= {
     'start': Axis('Where a run starts, and distillation', starts(20, 60, 4000), _PAIR,
-                  dict(smoke=starts(1, 1), mini=starts(5, 20, 4000), paper=starts(20, 100))),
+                  dict(smoke=starts(1, 1), study=starts(10, 5), paper=starts(20, 100))),
     'statistics': Axis('What a teacher normalises by: running statistics, or the batch',
                        starts(20, 60, 4000, (4,)), variants('batch'),
-                       dict(smoke=starts(1, 1, budgets=(4,)), mini=starts(5, 20, 4000, (4,)),
+                       dict(smoke=starts(1, 1, budgets=(4,)), study=starts(10, 5, budgets=(4,)),
                             paper=starts(20, 100, budgets=(4,)))),
     'student': Axis('Distillation without planes, and without bits', dict(base={}),
                     'fedavg,fedavg-kd,qat-uniform,qat-uniform-kd,fedmpq,fedmpq-kd'),

@@ -117,3 +117,19 @@ def test_fewer_than_five_pairs_decide_nothing(n, expected):
     if n > 1: assert found['p'] == pytest.approx(stats.ttest_rel(a, b).pvalue) and found['p'] < 0.01
     other = statistics.paired_test(b, a)['verdict']
     assert other == ('b higher' if n >= 5 else expected)
+
+
+# no difference, and what could have been found --------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equivalence_is_a_90_percent_interval_within_the_margin(seed: int):
+    d = np.random.default_rng(seed).normal(seed / 10 - 1, .5, 6)
+    low, high = stats.ttest_1samp(d, 0).confidence_interval(.90)
+    assert (statistics.equivalence_test(d, 0 * d, 1.0) < .05) == (-1 < low and high < 1)
+
+
+def test_detectable_differences_are_those_of_the_tables():
+    "Power .8, two-sided 5 %: the standardised differences that G*Power gives for paired samples."
+    for n, expected in ((5, 1.68), (10, 1.00), (30, .529)):
+        assert statistics.detectable(1.0, n) == pytest.approx(expected, abs=.006)
+    assert np.isnan(statistics.detectable(1.0, 1)) and statistics.detectable(0.0, 5) == 0

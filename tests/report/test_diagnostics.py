@@ -31,7 +31,7 @@ from fedmpqkd.report import diagnostics as D
 from fedmpqkd.wire.format import decode
 
 torch.set_num_threads(1)
-STUDY = sorted((ROOT / 'results' / 'exp1' / 'study').glob('*.json'))
+STUDY = sorted((ROOT / 'results' / 'exp1' / 'mini').glob('*.json'))
 
 class Counted(nn.Linear):
     "A linear layer with the whole-number buffer that networks with batch normalisation have."

@@ -95,16 +95,16 @@ def test_curves_are_paired_by_seed():
 
 
 def test_planned_leaves_ablations_out():
-    own = [dict(config=plain(c)) for c in plan(EXPERIMENTS['exp1'], 'study', seeds='0,7')]
+    own = [dict(config=plain(c)) for c in plan(EXPERIMENTS['exp1'], 'mini', seeds='0,7')]
     other = [dict(config=r['config'] | change)
              for r, change in ((own[0], dict(lr=0.05)), (own[2], dict(alpha=1.0)),
                                (own[0], dict(method='mine')))]
-    assert R.planned(own + other, 'exp1', 'study') == own
+    assert R.planned(own + other, 'exp1', 'mini') == own
     chosen = dict(fedavg=dict(lr=0.05))
-    assert R.planned(own + other, 'exp1', 'study',
+    assert R.planned(own + other, 'exp1', 'mini',
                      chosen) == [r for r in own if r['config']['method'] != 'fedavg'] + other[:1]
     bf16 = dict(config=own[0]['config'] | dict(precision='bf16'))
-    assert R.planned([bf16], 'exp1', 'study') == [bf16] and R.planned([bf16], 'exp1', 'mini') == []
+    assert R.planned([bf16], 'exp1', 'mini') == [bf16] and R.planned([bf16], 'exp1', 'paper') == []
 
 
 def test_figure_shows_every_seed():

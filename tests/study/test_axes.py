@@ -76,7 +76,7 @@ def test_values_of_the_design(axis: str, field: str, values: list):
 def test_noise_begins_at_round_sixty_of_a_hundred():
     late = planned("noise", "paper")["mid-run"]["fedmpq-kd"]
     assert (late.rounds, late.noise_from, late.label_noise, late.noise_clients) == (100, 60, 0.2, 0.1)
-    assert [axis_points("noise", "study", rounds)["mid-run"]["noise_from"]
+    assert [axis_points("noise", "mini", rounds)["mid-run"]["noise_from"]
             for rounds in (0, 5, 20)] == [5, 3, 12]
     runs = [planned("noise", preset)["mid-run"]["fedavg"] for preset in THREE.presets]
     assert all(0 < run.noise_from < run.rounds for run in runs)

@@ -126,8 +126,8 @@ def test_names_stay_in_their_folder(name: str, tmp_path: Path):
 DEVICE, RESULTS = "cpu", ROOT / "results"
 
 
-def departs(preset="study", results=RESULTS, **changed):
-    tuned = E.tuned_values(RESULTS, "exp1", "study")
+def departs(preset="mini", results=RESULTS, **changed):
+    tuned = E.tuned_values(RESULTS, "exp1", "mini")
     configs = E.plan(E.EXP1, preset, tuned=tuned, **dict(precision="fp32") | changed)
     return E.departure("exp1", preset, configs, results, DEVICE)
 
@@ -135,7 +135,7 @@ def departs(preset="study", results=RESULTS, **changed):
 def test_only_the_whole_declared_preset_is_evidence(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert departs() == "" and departs(alpha=0.5, bits="4", rounds="20") == ""
-    assert "is for trials" in departs("mini") and "is for trials" in departs("smoke")
+    assert "not study" in departs("study") and "not smoke" in departs("smoke")
     assert str(tmp_path) in departs(results=tmp_path)
     assert "methods or seeds" in departs(methods="fedavg") and "methods or seeds" in departs(seeds="0,1")
     assert "(rounds)" in departs(rounds=1) and "(lr)" in departs(lr=0.0123)
@@ -144,12 +144,12 @@ def test_only_the_whole_declared_preset_is_evidence(tmp_path: Path, monkeypatch)
 
 def test_a_point_of_an_axis_is_declared_with_its_own_values(monkeypatch):
     monkeypatch.chdir(ROOT)
-    tuned = E.tuned_values(RESULTS, "exp1", "study")
-    point = axis_points("start", "study")["public-2"]
+    tuned = E.tuned_values(RESULTS, "exp1", "mini")
+    point = axis_points("start", "mini")["public-2"]
     own = {k: v for k, v in point.items() if k != "methods"}
-    configs = E.plan(E.EXP3, "study", point["methods"], tuned=tuned, precision="fp32", **own)
-    assert E.departure("exp3", "study", configs, RESULTS, DEVICE, point) == ""
-    assert E.departure("exp3", "study", configs, RESULTS, DEVICE) != ""
+    configs = E.plan(E.EXP3, "mini", point["methods"], tuned=tuned, precision="fp32", **own)
+    assert E.departure("exp3", "mini", configs, RESULTS, DEVICE, point) == ""
+    assert E.departure("exp3", "mini", configs, RESULTS, DEVICE) != ""
 
 
 # wishes -----------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_no_axis_contradicts_its_methods():
     for name in AXES:
         for point in axis_points(name, "study").values():
             own = {k: v for k, v in point.items() if k != "methods"}
-            assert E.plan(E.EXP3, "study", point["methods"], **own)
+            assert E.plan(E.EXP3, "mini", point["methods"], **own)
 
 
 @pytest.mark.parametrize("wrong, said", [
