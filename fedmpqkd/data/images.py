@@ -277,8 +277,10 @@ def from_tensors(
     classes = classes or len(names) or (int(labels.max()) + 1 if len(labels) else 1)
     check_split('train', train_x, train_y, classes)
     mean, std = channel_stats(train_x)
-    if min(std) == 0:
-        raise ValueError(f'a colour channel of {name!r} is the same everywhere: it cannot be normalised')
+    if max(std) == 0: raise ValueError(f'the images of {name!r} are the same everywhere: they show nothing')
+    for c in (c for c, s in enumerate(std) if not s):
+        print(f'{name}: channel {c} is the same everywhere, and becomes zero')
+    std = tuple(s or 1.0 for s in std)
     names = names if len(names) == classes else ()
     return Dataset(name, train_x, train_y, test_x, test_y, classes, mean, std, flip, label_names=names)
 
