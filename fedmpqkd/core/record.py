@@ -63,6 +63,7 @@ moved                | share | quantised weights whose level changed during a lo
 lasso_moved          | share | the same if the bit regulariser alone had acted
 emptied              | share | weights in layers of which over 95 % are zero, in the received model
 steps                | | optimiser steps of all clients
+replayed             | | those of them that were replayed from a CUDA graph; absent where none was
 skipped              | | steps left out because the gradient was not finite
 accuracy             | % | of the deployed model; with several budgets the mean over clients
 accuracy_fp          | % | of the server's full-precision average

@@ -90,7 +90,7 @@ def validate(
     task, index, targets = run.pool.task, run.validation, run.pool.task.train_targets.cpu()[run.validation]
 
     def score(state: dict[str, Tensor]) -> float:
-        return float(task.score(predict(run.pool, state, index, task.train_samples), targets)['accuracy'])
+        return float(task.score(predict(run.pool, state, index, train=True), targets)['accuracy'])
 
     return mean_of_budgets(run, score)
 

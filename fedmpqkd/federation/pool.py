@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.config import RunConfig
 from ..data.images import Dataset
+from ..learn.language import LanguageData, LanguageTask
 from ..learn.replica import Replica
 from ..learn.task import Task
 from ..learn.vision import VisionTask
@@ -59,7 +60,8 @@ class WorkerPool:
         self.threads.shutdown(cancel_futures=True)
 
 # %% ../../nbs/federation/12_pool.ipynb #70aed6ac
-TASKS: dict[type, Callable[[Any, str | torch.device], Task]] = {Dataset: VisionTask}
+TASKS: dict[type, Callable[[Any, str | torch.device], Task]] = {
+    Dataset: VisionTask, LanguageData: LanguageTask}
 
 def task_of(
     data: Any,  # a data set of a known kind
@@ -76,23 +78,25 @@ def predict(
     pool: WorkerPool,  # workers
     state: dict[str, Tensor],  # model
     index: Tensor,  # int64 [n]: which samples
-    samples: Tensor | None = None,  # raw, of the test set by default
+    train: bool = False,  # of the training set, not of the test set
     batch: int = 125,  # samples at a time
-) -> Tensor:  # logits [n, ...] on the CPU
+) -> Tensor:  # [n, ...] on the CPU: the task's `outputs`, which are logits unless it says otherwise
     "Logits of a model on unchanged samples."
     task, bf16 = pool.task, pool.config.precision == 'bf16'
-    raw = task.test_samples if samples is None else samples
+    raw = task.train_samples if train else task.test_samples
+    targets = task.train_targets if train else task.test_targets
 
     def part(chosen: Tensor) -> Tensor:
         model, out = pool.replica.predictor(state), []
         for i in chosen.split(batch if pool.device.type == 'cpu' else 1000):
-            x = task.inputs(raw[i.to(pool.device)])
+            i = i.to(pool.device)
             with torch.autocast(pool.device.type, torch.bfloat16, enabled=bf16):
-                out.append(model(x).float().cpu())
+                out.append(task.outputs(model, raw[i], targets[i.to(targets.device)]).cpu())
         return torch.cat(out)
 
     return torch.cat(list(pool.map(part, index.chunk(pool.size))))
 
+# %% ../../nbs/federation/12_pool.ipynb #e6860e07
 def evaluate(
     pool: WorkerPool,  # workers
     state: dict[str, Tensor],  # model

@@ -23,6 +23,7 @@ from ..core.record import RoundLine
 from ..core.streams import rng
 from ..data.labelnoise import noisy_clients, noisy_labels
 from ..data.partition import Partition, split
+from ..data.text import natural_split
 from .pool import WorkerPool, task_of
 from .server import Server, aggregate, downlink, receive
 from ..learn.client import ClientRound, Result, local_round, term_of
@@ -149,6 +150,12 @@ def check_stress(
                          f'not {data.image}; stress=attacks takes any size')
 
 # %% ../../nbs/federation/12a_rounds.ipynb #233d6984
+def _shared_out(labels: np.ndarray, c: RunConfig) -> Partition:
+    "Who holds what: whole groups, or a random split."
+    if c.partition == 'natural': return natural_split(labels, c.clients)
+    return split(labels, c.clients, c.partition, c.seed, c.dirichlet)
+
+
 def open_run(
     config: RunConfig,  # what to run
     data: Any,  # a data set, already cut to size
@@ -164,7 +171,7 @@ def open_run(
     check_stress(config, task)
     start = start or Start.scratch(len(task.labels))
     pool, labels = WorkerPool(config, task, device, workers), task.labels.cpu().numpy()
-    parts = split(labels[start.private], config.clients, config.partition, config.seed, config.dirichlet)
+    parts = _shared_out(labels[start.private], config)
     parts, validation = hold_out(start.held(parts), config)
     server = Server(config, pool.replica.layout, pool.replica.state | start.state)
     server.register([len(p) for p in parts.parts])
@@ -203,6 +210,7 @@ def summary_of(logs: Sequence[dict[str, Any]]) -> RoundLine:
         if values: line[key] = float(np.mean(values))
     line['skipped'] = sum(log['skipped'] for log in logs)
     line['steps'] = sum(log['steps'] for log in logs)
+    if replayed := sum(log.get('replayed', 0) for log in logs): line['replayed'] = replayed
     phases: dict[str, float] = {}
     for log in logs:
         for phase, s in log['seconds'].items(): phases[phase] = phases.get(phase, 0.0) + s

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.config import RunConfig
 from ..core.streams import torch_rng
 from .distill import GradRatio
-from .graphs import Recorded, record, recordable
+from .graphs import Recorded, recordable, try_record
 from .replica import Clock, Replica, choose_teacher
 from .step import TrainState, local_step, make_optimizer
 from .task import Task
@@ -124,15 +124,17 @@ def begin(
 ) -> tuple[TrainState, list[Planes], Recorded | None]:  # a recorded step where there can be one
     "Everything that a local round trains with."
     train_state, before = prepare(replica, config, work, down, clock)
-    if replica.draws or not recordable(config, replica.device) or len(work.index) < config.batch_size:
+    refused = replica.draws or None in replica.recorded.values()
+    if refused or not recordable(config, replica.device) or len(work.index) < config.batch_size:
         return train_state, before, None
     bits = [layer.bits for layer in train_state.rule.layers] if train_state.rule else []
     key = (train_state.alpha, train_state.temperature, *bits)
     if key not in replica.recorded:
         if len(replica.recorded) > 8: replica.recorded.clear()
-        replica.recorded[key] = record(replica, train_state, task)
+        replica.recorded[key] = try_record(replica, train_state, task)
         train_state, before = prepare(replica, config, work, down, clock)
-    return replica.recorded[key].adopt(train_state), before, replica.recorded[key]
+    recorded = replica.recorded[key]
+    return (recorded.adopt(train_state) if recorded else train_state), before, recorded
 
 # %% ../../nbs/learn/09e_client.ipynb #086c51b7
 def train(
@@ -151,6 +153,7 @@ def train(
             train_state.totals['steps'] += 1
             if recorded and len(position) == c.batch_size:
                 recorded(index[position], *view)
+                train_state.totals['replayed'] += 1
                 continue
             with train_state.clock('data'): x, y = task.batch(index[position], *view)
             local_step(replica, train_state, x, y)
@@ -209,6 +212,7 @@ def training_log(
     steps = totals['steps']
     mean = {name: float(totals[name]) / max(1, steps) for name in ('loss', 'kd')}
     log: dict[str, Any] = dict(steps=steps, skipped=int(totals['skipped']), **mean)
+    if totals['replayed']: log['replayed'] = totals['replayed']
     if before: log |= dict(moved=moved_share(before, after), emptied=emptied_share(before))
     if before and c.update == 'signed-planes' and c.lambda_b:
         total, middle = sum(p.levels.numel() for p in before), before[len(before) // 2]

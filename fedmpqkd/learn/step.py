@@ -28,7 +28,8 @@ def make_optimizer(
     config: RunConfig,  # which, and its rates
     parameters: list[Tensor],  # full-precision parameters and latent weights
 ) -> torch.optim.Optimizer:  # fresh: momentum starts from zero
-    "The ordinary optimiser of one local round."
+    "The ordinary optimiser of one local round; idle where a rule moves all there is, as with adapters."
+    parameters = parameters or [torch.zeros(())]
     if config.optimizer == 'adamw':
         return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, foreach=True)
     return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay,
@@ -48,7 +49,8 @@ class TrainState:
     anchors: list[Tensor] = field(default_factory=list)  # the received parameters, for FedProx
     ratio: GradRatio | None = None  # chooses the weight in every step
     term: ClientTerm | None = None  # see the page on terms
-    totals: dict[str, Any] = field(default_factory=lambda: dict(loss=0.0, kd=0.0, steps=0, skipped=0))
+    totals: dict[str, Any] = field(default_factory=lambda: dict(
+        loss=0.0, kd=0.0, steps=0, skipped=0, replayed=0))
 
 # %% ../../nbs/learn/09c_step.ipynb #157d0c82
 def gradient_norm(

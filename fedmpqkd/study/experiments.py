@@ -38,7 +38,9 @@ from fedmpqkd.federation.methods import (
     same_value,
     with_code,
 )
-from ..federation.run import Progress, run
+from ..federation.run import run
+from ..federation.watch import Progress, Sweep
+from ..learn.language import load_language
 from .matched import equal_bytes
 
 # %% ../../nbs/study/16b_experiments.ipynb #a6e5111a
@@ -101,6 +103,15 @@ EXP3 = Experiment(
 
 EXPERIMENTS: dict[str, Experiment] = {'exp1': EXP1, 'exp2': EXP2, 'exp3': EXP3}
 
+# %% ../../nbs/study/16b_experiments.ipynb #9d6fea5c
+_DEMO = dict(dataset='digits', model='cnn', clients=4, dirichlet=10.0, bits=2, batch_size=16, lr=0.05,
+             rounds=8, eval_images=0, precision='fp32', public_images=160, min_batch=8)
+
+EXP1.presets['demo'] = _DEMO | dict(methods=_FOUR, seeds='0,1,2')
+EXP2.presets['demo'] = _DEMO | dict(dirichlet=0.5, participation=0.75, stress='attacks', methods=_FIVE,
+                                    seeds='0')
+EXP3.presets['demo'] = _DEMO | dict(dirichlet=0.5, rounds=5, methods=_FOUR, seeds='0')
+
 # %% ../../nbs/study/16b_experiments.ipynb #fd16c6d7
 def choose_device(
     device: str = 'auto',  # 'auto', 'cpu', 'cuda', 'cuda:1'
@@ -128,12 +139,12 @@ def choose_preset(
             raise ValueError(f'preset={preset!r}: allowed are auto, {", ".join(experiment.presets)}')
         return preset, 'as asked'
     if device == 'cpu' and not data_dir:
-        return 'smoke', 'no GPU: embedded digits, not CIFAR; ask for mini, study or paper by name'
+        return 'demo', 'no GPU: embedded digits, not CIFAR; ask for mini, study or paper by name'
     try:
         load_dataset(experiment.fields['dataset'], data_dir or None)
     except DataMissing:
         if data_dir: raise
-        return 'smoke', f'{experiment.fields["dataset"]} is not at hand: embedded digits'
+        return 'demo', f'{experiment.fields["dataset"]} is not at hand: embedded digits'
     if device != 'cpu': return 'paper', 'a GPU and the data are here'
     return 'mini', 'no GPU, but a data directory was given'
 
@@ -272,23 +283,26 @@ def _as_registered(job: Job) -> RunConfig:
     _need_plugins(job.plugins, job.config.extension)
     return with_code(job.config)
 
-def open_job(job: Job) -> tuple[Dataset, Journal]:
+def open_job(job: Job) -> tuple[Any, Journal]:
     "Data and journal of a job."
     c = _as_registered(job)
-    data = load_task(c.dataset, job.data_dir, c.train_images, c.test_images)
+    data: Any = load_language(c, job.data_dir) if c.tokenizer else load_task(
+        c.dataset, job.data_dir, c.train_images, c.test_images)
     name, identity = f'{c.method}_seed={c.seed}', run_id(c, data.fingerprint)
     journal = Journal(Path(job.results), job.group, name, identity)
     if journal.record_path.resolve().parent != Path(job.results, job.group).resolve():
         raise ValueError(f'method={c.method!r}: it would leave the folder of results')
     return data, journal
 
-def _attempt(job: Job) -> Record | Claimed:
+def _attempt(job: Job, sweep: Sweep | None = None) -> Record | Claimed:
     "The record of a job, found or computed; or who is computing it."
     data, journal = open_job(job)
     journal.tidy()
-    if (done := journal.record()) is not None: return cast(Record, done)
     c = _as_registered(job)
-    progress = None if job.quiet else Progress(f'{c.method} seed {c.seed}', c.rounds)
+    if (done := journal.record()) is not None:
+        if sweep: sweep.found(c.rounds, runs=1)
+        return cast(Record, done)
+    progress = None if job.quiet else Progress(f'{c.method} seed {c.seed}', c.rounds, sweep)
     try: return run(c, data, journal, job.device, job.workers, progress)
     except Claimed as why: return why
 
@@ -335,15 +349,16 @@ def run_sweep(
     "Bring every job to its record."
     jobs, told = list(jobs), set[str]()
     records = dict(enumerate(_through(executor, jobs))) if executor else {}
-    while True:
-        busy = []
-        for i, job in enumerate(jobs):
-            if records.get(i) is not None: continue
-            found = _attempt(job)
-            if isinstance(found, Claimed): busy.append(found)
-            else: records[i] = found
-        if not busy: return [r for i in range(len(jobs)) if (r := records[i]) is not None]
-        _wait_for(busy, told, wait)
+    with Sweep([job.config.rounds for job in jobs if not job.quiet]) as sweep:
+        while True:
+            busy = []
+            for i, job in enumerate(jobs):
+                if records.get(i) is not None: continue
+                found = _attempt(job, sweep)
+                if isinstance(found, Claimed): busy.append(found)
+                else: records[i] = found
+            if not busy: return [r for i in range(len(jobs)) if (r := records[i]) is not None]
+            _wait_for(busy, told, wait)
 
 # %% ../../nbs/study/16b_experiments.ipynb #cb4c782a
 def match_bytes(
@@ -367,6 +382,12 @@ class Outcome:
     records: list[Record]
     root: Path  # the repository or working directory
     declared: bool = False  # are these all rows of the preset, and nothing else?
+    results: Path = Path('results')  # results folder
+
+    @property
+    def folder(self) -> Path:
+        "Where the records are."
+        return self.results / self.experiment / self.preset
 
     @property
     def generated(self) -> Path:
@@ -431,7 +452,7 @@ def _prepare(
 # long: the parameters of the experiment notebooks, one a line
 def run_experiment(
     name: str,  # 'exp1', ...
-    preset: str = 'auto',  # auto, smoke, mini, study or paper
+    preset: str = 'auto',  # auto, demo, smoke, mini, study or paper
     methods: Any = '',  # recipes, separated by commas; '' for the preset's
     seeds: Any = '',  # separated by commas; '' for the preset's
     data_dir: str = '',  # where the data are; '' for the usual places
@@ -456,7 +477,8 @@ def run_experiment(
     results = Path(results_dir).expanduser() if results_dir else project_root() / 'results'
     preset, configs = _prepare(name, preset, methods, seeds, data_dir, results, device, precision, values)
     why = departure(name, preset, configs, results, device, point)
-    if why and preset != 'smoke': print(f'{why}: tables and figures go to runs/generated, not to the paper')
+    if why and preset not in ('smoke', 'demo'):
+        print(f'{why}: tables and figures go to runs/generated, not to the paper')
     if any(c.dataset in _LOADERS for c in configs): _cut.cache_clear()
 
     def job(c: RunConfig) -> Job:
@@ -465,4 +487,4 @@ def run_experiment(
     records = run_sweep([job(c) for c in configs if c.method != EQUAL_BYTES], executor)
     waiting = [c for c in configs if c.method == EQUAL_BYTES]
     records += run_sweep([job(match_bytes(c, records)) for c in waiting], executor)
-    return Outcome(name, preset, records, project_root(), not why)
+    return Outcome(name, preset, records, project_root(), not why, results)

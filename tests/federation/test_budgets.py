@@ -32,7 +32,7 @@ def models(run): return [deployed(run.server, b) for b in BUDGETS]
 def test_validation_is_that_of_own_budgets(mixed):
     run, _ = mixed
     labels = run.pool.task.train_targets.cpu()[run.validation]
-    right = [float((predict(run.pool, state, run.validation, run.pool.task.train_samples).argmax(1) == labels)
+    right = [float((predict(run.pool, state, run.validation, train=True).argmax(1) == labels)
                    .float().mean()) for state in models(run)]
     assert validate(run) == pytest.approx(100 * np.mean(right)) and len(set(right)) > 1
 

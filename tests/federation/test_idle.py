@@ -55,7 +55,7 @@ CONTEXTS = {
 RECORD_ONLY = {
     'method', 'extension', 'eval_images', 'stress', 'train_images', 'test_images', 'dataset', 'model',
     'precision', 'seed', 'clients', 'rounds', 'min_batch', 'warm_start', 'update', 'exchange', 'aggregate',
-    'uplink', 'partition', 'server_rule', 'client_term', 'task_loss'}
+    'uplink', 'partition', 'tokenizer', 'server_rule', 'client_term', 'task_loss'}
 OTHER = dict(
     dirichlet=0.7, label_noise=0.5, noise_clients=0.5, noise_from=1, validation=0.2, participation=0.6,
     dropout=0.7, dropout_mode='bernoulli', dropout_stage='before_download', bn_pool='moments', local_epochs=1,
@@ -67,7 +67,9 @@ OTHER = dict(
     teacher_refresh=2, teacher_frozen=False, teacher_norm='batch', update_bits=3, update_norm='max',
     error_feedback=True, pq_dim=3, pq_centroids=4, codebook='multi', public_images=10, public_epochs=2,
     server_lr=0.5, server_momentum=0.5, server_beta2=0.5, server_tau=0.1,
-    logits='fp16', logits_topk=2, grid_axes=1, moshpit_iterations=1, peer_failure=0.5, hop='q8')
+    logits='fp16', logits_topk=2, grid_axes=1, moshpit_iterations=1, peer_failure=0.5, hop='q8',
+    text_kind='class', context=64, chat=True, option_score='sum', lm_layers=2, lora_rank=2, lora_alpha=8.0,
+    lora_dropout=0.1, lora_targets='k_proj', lora_heads='lm_head')
 
 
 @functools.cache

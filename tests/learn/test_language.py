@@ -1,0 +1,228 @@
+"Language through the loop: what is learned, scored and sent, against Hugging Face and a bare peft loop."
+import copy
+import itertools
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+
+from fedmpqkd.core.streams import torch_rng
+from fedmpqkd.data.text import load_text
+from fedmpqkd.federation.methods import make_config
+from fedmpqkd.federation.rounds import open_run
+from fedmpqkd.federation.run import run
+
+transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+
+from fedmpqkd.learn.language import (  # noqa: E402
+    LanguageTask,
+    language_data,
+    load_language,
+    option_scores,
+    rouge_l,
+)
+from fedmpqkd.models.language import GPTS, shortened, small_gpt  # noqa: E402
+from fedmpqkd.models.lora import adapted  # noqa: E402
+
+FIELDS = dict(dataset="almanac", model="gpt-tiny", tokenizer="byte-bpe:300", clients=2, rounds=2,
+              batch_size=4, partition="natural", eval_images=0, lr=0.3)
+
+
+def plain(x):
+    "Token ids and labels in Hugging Face's convention: not shifted, -100 where nothing is predicted."
+    ids, counts = torch.where(x < 0, -1 - x, x), x >= 0
+    labels = torch.full_like(ids, -100)
+    labels[:, 1:] = torch.where(counts[:, :-1], ids[:, 1:], labels[:, 1:])
+    return ids, labels
+
+
+@pytest.mark.parametrize("kind", ["choice", "class", "answer", "text"])
+def test_the_loss_is_that_of_hugging_face(kind):
+    c = make_config("fedavg", **FIELDS, text_kind=kind)
+    task = LanguageTask(load_language(c))
+    model = task.network(c)
+    x, y = task.batch(torch.arange(6))
+    ids, labels = plain(x)
+    theirs = model.causal(input_ids=ids, labels=labels).loss
+    assert task.loss(model(x), y).item() == pytest.approx(theirs.item(), rel=1e-5)
+    targets = [item.target for item in task.data.train_items[:6]]
+    said = [task.data.coder.inner.decode(row[row >= 0].tolist(), skip_special_tokens=True) for row in y]
+    assert said == targets
+
+
+def test_options_are_scored_as_one_by_one():
+    c = make_config("fedavg", **FIELDS, text_kind="choice")
+    task = LanguageTask(load_language(c))
+    model, inner = task.network(c).eval(), task.data.coder.inner
+    with torch.no_grad():
+        found = task.outputs(model, task.test_samples, task.test_targets)
+        for item, row in zip(task.data.test_items, found, strict=True):
+            for option, (nll, tokens, _, size) in zip(item.options, row, strict=True):
+                whole = inner.encode(item.prompt + option).ids
+                start = len(inner.encode(item.prompt).ids)  # a space begins a token
+                logp = model.causal(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+                byhand = -sum(float(logp[j - 1, whole[j]]) for j in range(start, len(whole)))
+                assert (int(tokens), int(size)) == (len(whole) - start, len(option.encode()))
+                assert nll.item() == pytest.approx(byhand, rel=1e-4)
+    line = task.score(found, task.test_targets)
+    labels = [item.label for item in task.data.test_items]
+    right = [int((r[:, 0] / r[:, 3]).argmin()) == n for r, n in zip(found, labels, strict=True)]
+    assert line["accuracy"] == line["accuracy_byte"] == pytest.approx(100 * sum(right) / len(right))
+
+
+def test_missing_options_never_win():
+    nll, tokens, size = torch.tensor([[5.0, 0.0]]), torch.tensor([[2.0, 0.0]]), torch.tensor([[9.0, 0.0]])
+    assert all(int(option_scores(nll, tokens, size, s).argmax(1)) == 0 for s in ("token", "byte", "sum"))
+
+
+def test_rouge_against_all_subsequences():
+    "The longest common subsequence by trying all of them."
+    def brute(a, b):
+        subs = [set(itertools.combinations(s, n)) for n in range(len(a) + 1) for s in (a, b)]
+        longest = max(n for n in range(len(a) + 1) if n == 0 or subs[2 * n] & subs[2 * n + 1])
+        return 2 * longest / (len(a) + len(b))
+    words = ["a b c d", "b d a c", "d c b a", "a a b", "c", "x y"]
+    for a, b in itertools.product(words, words):
+        assert rouge_l(a, [b]) == pytest.approx(brute(a.split(), b.split()))
+
+
+def bare_adapter(base, c, data, batches):
+    "A client's round as one writes it with peft and a loop."
+    start = int(torch.randint(2**62, (), generator=torch_rng(c.seed, "init")))
+    with torch.random.fork_rng():
+        torch.manual_seed(start)
+        lora = peft.LoraConfig(r=c.lora_rank, lora_alpha=16, target_modules=["q_proj", "v_proj"],
+                               task_type="CAUSAL_LM")
+        model = peft.get_peft_model(copy.deepcopy(base), lora)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], c.lr, c.momentum)
+    for index in batches:
+        ids, labels = plain(data.train[index])
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return peft.get_peft_model_state_dict(model)
+
+
+def test_one_client_is_a_bare_peft_loop():
+    c = make_config("fedavg", **FIELDS | dict(clients=1, rounds=1, partition="iid"), lora_rank=2)
+    data = load_language(c)
+    federation = open_run(c, data, workers=1)
+    from fedmpqkd.federation.run import play
+    play(federation, [])
+    order = torch.randperm(len(data.train), generator=torch_rng(c.seed, "loader", 0, 0))
+    index = torch.from_numpy(federation.partition.parts[0])
+    base = small_gpt("gpt-tiny", len(data.coder.vocabulary), c.seed)
+    wanted = bare_adapter(base, c, data, [index[part] for part in order.split(c.batch_size)])
+    found = federation.server.state
+    federation.pool.close()
+    assert set(found) == set(wanted)
+    moved = max(float(t.abs().max()) for n, t in wanted.items() if "lora_B" in n)
+    assert moved > 1e-4
+    for name, t in wanted.items(): torch.testing.assert_close(found[name], t, rtol=1e-3, atol=1e-4 * moved)
+
+
+def test_workers_and_teachers_share_one_base():
+    c = make_config("fedmpq-kd", **FIELDS, alpha=0.5, lora_rank=2)
+    federation = open_run(c, load_language(c), workers=2)
+    federation.pool.close()
+    networks = [m for r in federation.pool.replicas for m in (r.model, r.folded.model)]
+    first = [m.held.get_base_model().model.embed_tokens.weight for m in networks[:2]]
+    assert first[0] is first[1]  # student and teacher
+    adapters = {p.data_ptr() for m in networks for p in m.parameters()}
+    assert len(adapters) == 4 * len(list(networks[0].parameters()))
+    sent = set(federation.server.state)
+    assert all("lora_" in name for name in sent) and len(sent) == 2 * 2 * GPTS["gpt-tiny"][1]
+
+
+@pytest.mark.parametrize("kind", ["choice", "text"])
+@pytest.mark.parametrize("method", ["fedavg", "fedprox", "fedmpq", "fedmpq-kd"])
+def test_methods_run_on_whole_models_and_on_adapters(method, kind):
+    "Adapters are a small part of the bytes, and four bits a small part of these."
+    sizes = {}
+    for rank in (0, 2):
+        c = make_config(method, **FIELDS, alpha=0.5, text_kind=kind, lora_rank=rank)
+        record = run(c, load_language(c), workers=1)
+        line = record["curve"][-1]
+        assert not line["failed"] and math.isfinite(line["nll"]) and line["loss"] > 0
+        assert (line["kd"] > 0) == (method == "fedmpq-kd")
+        sizes[rank] = line["bytes_up"]
+    assert sizes[2] < sizes[0] / 50 or method.startswith("fedmpq") and sizes[2] < sizes[0] / 80
+    if kind == "text": assert line["perplexity"] == pytest.approx(math.exp(line["nll"]))
+
+
+def test_whole_speakers_and_dirichlet_over_topics():
+    c = make_config("fedavg", **FIELDS)
+    data = load_language(c)
+    federation = open_run(c, data, workers=1)
+    federation.pool.close()
+    held = [{data.groups[int(data.labels[i])] for i in part} for part in federation.partition.parts]
+    assert sum(map(len, held)) == len(set.union(*held)) == 4
+    mixed = open_run(replace(c, partition="dirichlet", dirichlet=0.5), data, workers=1)
+    mixed.pool.close()
+    assert sum(len(p) for p in mixed.partition.parts) == len(data.train)
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(tokenizer="words:5"), "KIND is one of bytes"),
+    (dict(tokenizer="own"), "say KIND:SIZE"),
+    (dict(context=4), "context=4: no item of almanac"),
+    (dict(model="gpt-huge"), "unknown model 'gpt-huge'; choose one of gpt-tiny"),
+    (dict(model="./nowhere"), "no folder with a config.json"),
+    (dict(lora_rank=2, lora_targets="conv"), "lora_targets='conv'"),
+    (dict(clients=5), "4 groups cannot be split between 5 clients"),
+])
+def test_bad_wishes_are_refused_at_the_door(fields, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        c = make_config("fedavg", **FIELDS | fields)
+        open_run(c, load_language(c), workers=1).pool.close()
+
+
+@pytest.mark.parametrize("fields", [
+    dict(label_noise=0.5), dict(warm_start="fedavg:1"), dict(stress="attacks"), dict(act_bits=4),
+    dict(exchange="server-distill", public_images=4)])
+def test_what_is_for_images_is_refused(fields):
+    with pytest.raises(ValueError, match="for images|fedavg"): make_config("fedavg", **FIELDS, **fields)
+
+
+def test_long_items_are_counted_and_speeches_are_cut_without_loss():
+    c = make_config("fedavg", **FIELDS | dict(context=26), text_kind="choice")
+    short = language_data(load_text(kind="choice"), c)
+    assert short.skipped["train long"] + len(short.train) == 32
+    text = replace(c, text_kind="text", context=10)
+    data = language_data(load_text(kind="text"), text)
+    whole = "".join(i.target for i in load_text(kind="text").train)
+    assert "".join(i.target for i in data.train_items) == whole and len(data.train) > 32
+
+
+def test_an_adapter_of_a_cut_model_fits_the_cut_model():
+    base = shortened(small_gpt("gpt-mini", 60), 2)
+    assert len(adapted(base, 2).state_dict()) == 2 * 2 * 2
+
+
+PROGRAM = """
+import sys
+class Without:
+    def __init__(self, finder): self.finder = finder
+    def find_spec(self, name, *rest):
+        gone = ('transformers', 'peft', 'tokenizers', 'rapidfuzz', 'gguf', 'accelerate')
+        return None if name.split('.')[0] in gone else self.finder.find_spec(name, *rest)
+sys.meta_path[:] = [Without(f) for f in sys.meta_path]
+import importlib, pathlib, fedmpqkd
+root = pathlib.Path(fedmpqkd.__file__).parent
+for path in sorted(root.glob('[!_]*/[!_]*.py')):
+    if path.parent.name not in ('report', 'bench', 'tools'):
+        importlib.import_module(f'fedmpqkd.{path.parent.name}.{path.stem}')
+from fedmpqkd.models.language import small_gpt
+try: small_gpt('gpt-tiny', 50)
+except ModuleNotFoundError as why: print(why)
+"""
+
+
+def test_without_the_extra_everything_imports_and_one_line_names_it():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True)
+    said = "transformers is needed here: pip install 'fedmpqkd[lm]'"
+    assert done.stdout.strip() == said, done.stderr[-2000:]
