@@ -24,6 +24,7 @@ from ..models.vision import Folded
 from ..quant.bits import Rule
 
 # %% ../../nbs/learn/09c_step.ipynb #3aecad1d
+# long: what a local round trains with
 def make_optimizer(
     config: RunConfig,  # which, and its rates
     parameters: list[Tensor],  # full-precision parameters and latent weights
