@@ -58,6 +58,7 @@ def recordable(
 ) -> bool:  # False: every step is launched anew
     "Can the step of this method be recorded, and may it? `FEDMPQKD_GRAPHS=0` says no."
     if os.environ.get('FEDMPQKD_GRAPHS', '1') == '0': return False
+    if (config.client_term, config.task_loss) != ('none', 'task'): return False
     alike = config.optimizer == 'sgd' and config.teacher_frozen and config.alpha_schedule != 'grad-ratio'
     alike = alike and not config.tokenizer  # batches of text have different lengths
     watched = config.uplink == 'mixed' and config.importance == 'batch-sq'  # looks at every step's gradients
