@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'protocol_of', 'one_thread', 'test_parts', 'play', 'final_states', 'recalibrated', 'dispersion',
-           'bits_used', 'summarize', 'make_record', 'resume', 'compute', 'run']
+           'bits_used', 'summarize', 'size_of', 'make_record', 'resume', 'compute', 'run']
 
 # %% ../../nbs/federation/12f_run.ipynb #ae6ed355
 import dataclasses
@@ -30,6 +30,7 @@ from fedmpqkd.federation.evaluation import (
     best_validation,
     fresh_statistics,
     mean_of_budgets,
+    personal_quality,
     validate,
 )
 from .exchange import LOGITS_AND_MODEL, LOGITS_ONLY, SERVER_DISTILL
@@ -40,6 +41,7 @@ from .server import deployed
 from .trials import stress_test
 from .warmstart import starting_point
 from .watch import Progress
+from ..learn.task import Task
 from ..wire.format import Meter
 
 # %% ../../nbs/federation/12f_run.ipynb #ba94f5c3
@@ -170,9 +172,17 @@ def summarize(
         bytes_down=sum(columns['bytes_down']) + run.warm.get('bytes_down', 0),
         bytes_up=sum(columns['bytes_up']) + run.warm.get('bytes_up', 0),
         **({'warm': run.warm} if run.warm else {}),
-        **best_validation(curve), manifest_bytes=run.meter.manifest,
+        **best_validation(curve), **personal_quality(run), manifest_bytes=run.meter.manifest,
         seconds_per_round=float(np.median(columns['seconds_training'])), seconds=sum(columns['seconds']),
         memory=peak_memory_mib(), partition=run.partition.how, **bits_used(run))
+
+# %% ../../nbs/federation/12f_run.ipynb #e31c9599
+def size_of(
+    task: Task,  # any
+) -> list[int]:  # empty for images of 32x32 pixels in three colours, and for other things
+    "Channels, height and width of the images, where they are not the usual ones."
+    image = getattr(getattr(task, 'data', None), 'image', (3, 32, 32))
+    return [] if image == (3, 32, 32) else list(image)
 
 # %% ../../nbs/federation/12f_run.ipynb #5e4b0677
 def make_record(
@@ -187,6 +197,7 @@ def make_record(
                        test=len(task.test_targets), classes=task.classes),
         summary=summarize(federation, curve), curve=curve, commit=commit(),
         environment=environment(federation.pool.device) | dict(workers=federation.pool.size))
+    if size := size_of(task): record['data']['image'] = size
     if c.stress != 'none':
         record['robustness'] = stress_test(federation.pool, states, c.stress, seed=c.seed)
     return record

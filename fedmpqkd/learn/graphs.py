@@ -58,6 +58,7 @@ def recordable(
 ) -> bool:  # False: every step is launched anew
     "Can the step of this method be recorded, and may it? `FEDMPQKD_GRAPHS=0` says no."
     if os.environ.get('FEDMPQKD_GRAPHS', '1') == '0': return False
+    if (config.client_term, config.task_loss) != ('none', 'task'): return False
     alike = config.optimizer == 'sgd' and config.teacher_frozen and config.alpha_schedule != 'grad-ratio'
     alike = alike and not config.tokenizer  # batches of text have different lengths
     return device.type == 'cuda' and alike and config.update in ('fp32', 'signed-planes', 'latent')

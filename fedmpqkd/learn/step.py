@@ -19,10 +19,12 @@ from .distill import GradRatio, distill_loss, gate
 from .replica import Clock, Replica
 from .task import Task, rows_of
 from .teacher import BatchTeacher, CoTeacher
+from .terms import ClientTerm, label_loss
 from ..models.vision import Folded
 from ..quant.bits import Rule
 
 # %% ../../nbs/learn/09c_step.ipynb #3aecad1d
+# long: what a local round trains with
 def make_optimizer(
     config: RunConfig,  # which, and its rates
     parameters: list[Tensor],  # full-precision parameters and latent weights
@@ -47,6 +49,7 @@ class TrainState:
     clock: Clock
     anchors: list[Tensor] = field(default_factory=list)  # the received parameters, for FedProx
     ratio: GradRatio | None = None  # chooses the weight in every step
+    term: ClientTerm | None = None  # see the page on terms
     totals: dict[str, Any] = field(default_factory=lambda: dict(
         loss=0.0, kd=0.0, steps=0, skipped=0, replayed=0))
 
@@ -102,7 +105,8 @@ def objective(
     logits: Tensor,  # the student's, fp32
 ) -> Tensor:  # 0-dim
     "Task loss plus distillation; the regulariser of the bits is the rule's."
-    loss = train_state.task.loss(logits, y, train_state.config.label_smoothing)
+    loss = label_loss(train_state.config, train_state.task, logits, y)
+    if train_state.term: loss = loss + train_state.term.loss(x, y, logits)
     if train_state.alpha: loss = loss + distillation(train_state, x, y, logits, loss)
     train_state.totals['loss'] += loss.detach().double()
     return loss
@@ -151,4 +155,5 @@ def local_step(
     with clock('student'): loss.backward()
     if train_state.anchors:
         add_proximal_grad([*replica.weights, *replica.others], train_state.anchors, c.prox)
+    if train_state.term: train_state.term.change_gradients()
     take_step(replica, train_state)

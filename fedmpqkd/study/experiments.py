@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXP1', 'EXP2', 'EXP3', 'EXPERIMENTS', 'CITED', 'Experiment', 'choose_device', 'choose_preset', 'choose_precision',
-           'load_plugins', 'tuned_path', 'tuned_values', 'tuned_for', 'check_rows', 'plan', 'Job', 'load_task',
-           'open_job', 'run_job', 'run_sweep', 'match_bytes', 'Outcome', 'parse_fields', 'departure', 'run_experiment']
+           'load_plugins', 'tuned_path', 'tuned_values', 'tuned_for', 'check_rows', 'whole_of_own', 'plan', 'Job',
+           'load_task', 'open_job', 'run_job', 'run_sweep', 'match_bytes', 'Outcome', 'parse_fields', 'departure',
+           'run_experiment']
 
 # %% ../../nbs/study/16b_experiments.ipynb #f07bda6d
 import hashlib
@@ -220,6 +221,15 @@ def check_rows(
             said = ', '.join(f'{m} pins {p[name]}' for m, p in zip(methods, pinned, strict=True))
             raise ValueError(f'{name}={value}: no method here follows it ({said})')
 
+# %% ../../nbs/study/16b_experiments.ipynb #aded9338
+def whole_of_own(
+    values: dict[str, Any],  # of the experiment and its preset
+    dataset: Any,  # that the user asks for
+) -> dict[str, Any]:  # without the sizes, if the data set is the user's own
+    "A preset's values, fit for a user's data set."
+    if dataset not in _LOADERS: return values
+    return {k: v for k, v in values.items() if k not in ('train_images', 'test_images')}
+
 # %% ../../nbs/study/16b_experiments.ipynb #e8176aea
 def plan(
     experiment: Experiment,  # setting
@@ -230,7 +240,7 @@ def plan(
     **fields: Any,  # configuration values that win; None and '' mean the preset's
 ) -> list[RunConfig]:  # seeds outer, methods inner
     "The runs of an experiment."
-    values = experiment.fields | experiment.presets[preset]
+    values = whole_of_own(experiment.fields | experiment.presets[preset], fields.get('dataset'))
     methods = as_list(methods) or as_list(values.pop('methods'))
     seeds = as_list(seeds) or as_list(values.pop('seeds'))
     given = {k: v for k, v in fields.items() if v is not None and v != ''}
