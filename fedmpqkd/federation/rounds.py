@@ -150,6 +150,7 @@ def check_stress(
                          f'not {data.image}; stress=attacks takes any size')
 
 # %% ../../nbs/federation/12a_rounds.ipynb #233d6984
+# long: everything that a round needs
 def _shared_out(labels: np.ndarray, c: RunConfig) -> Partition:
     "Who holds what: whole groups, or a random split."
     if c.partition == 'natural': return natural_split(labels, c.clients)
