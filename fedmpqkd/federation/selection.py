@@ -15,8 +15,16 @@ from torch import Tensor
 
 from ..core.config import RunConfig
 from ..core.streams import torch_rng
-from ..evaluate.augmentation import Sums, as_numbers, augmented_batches, choose, from_numbers
-from ..evaluate.augmentation import gather_sums, no_sums, score
+from fedmpqkd.evaluate.augmentation import (
+    Sums,
+    as_numbers,
+    augmented_batches,
+    choose,
+    from_numbers,
+    gather_sums,
+    no_sums,
+    score,
+)
 from .rounds import Run, longest_first, participants
 from .server import Server, downlink, opened
 from ..learn.client import ClientRound

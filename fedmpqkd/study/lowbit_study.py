@@ -41,6 +41,7 @@ from fedmpqkd.study.students import (
     TeacherRecipe,
     as_file,
     as_network,
+    differing,
     digest,
     half,
     piece_id,

@@ -146,7 +146,7 @@ def training_batches(
     for part in torch.arange(len(order)).split(recipe.batch_size):
         if len(part) < 2: continue
         index, (dy, dx, flipped) = order[part], (v[part] for v in views)
-        x = crop_flip(padded, index, dy, dx, flipped)
+        x = crop_flip(padded, index, dy, dx, flipped, (data.image[1], data.image[2]))
         images, targets = augment(x, data.train_y[index.to(data.train_y.device)], recipe.augment, own)
         yield normalize(images, data.mean, data.std), targets
 
