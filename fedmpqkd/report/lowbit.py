@@ -71,7 +71,8 @@ def verdict(
     table, values = accuracy.loc[own].to_numpy(), [scores[a] for a in own]
     mean = accuracy.mean(axis=1)
     chosen, best = min(accuracy.index, key=lambda a: scores[a]), str(mean.idxmax())
-    row = dict(rho=spearman(values, table.mean(1)), n=len(own), p=spearman_test(values, table.mean(1)))
+    row: dict[str, Any] = dict(rho=spearman(values, table.mean(1)), n=len(own))
+    row['p'] = spearman_test(values, table.mean(1))
     low, high = seed_interval(values, table)
     everything = spearman([scores[a] for a in accuracy.index], mean)
     row |= dict(low=low, high=high, rho_all=everything, chosen=chosen, best=best,

@@ -41,7 +41,6 @@ from fedmpqkd.study.students import (
     TeacherRecipe,
     as_file,
     as_network,
-    differing,
     digest,
     half,
     piece_id,
@@ -213,14 +212,15 @@ _DIGITS = dict(dataset='digits', model='resnet8', augments=_ALL, teacher_batch_s
 EXP4 = Experiment(
     'Experiment 4: the augmentation of low-bit students, chosen by the teacher',
     dict(dataset='cifar10', model='resnet20', bits='2,4,3', augments=_ALL, lr=1e-3, weight_decay=1e-4,
-         rank_images=0),
+         score_images=0, rank_images=0),
     dict(smoke=_DIGITS | dict(teacher_epochs=4, kept='1', train_images=600, test_images=300, epochs=1,
                               images=288, bits='2', seeds='0,1,2', lr=2e-3, spread_epochs=2),
          mini=dict(train_images=5000, test_images=2000, teacher_epochs=4, kept='', others='', epochs=1,
                    images=2560, bits='2', seeds='0'),
          digits=_DIGITS | dict(teacher_epochs=12, kept='2,4', epochs=4, seeds='0,1,2,3,4', lr=2e-3),
          study=dict(model='resnet8', teacher_model='resnet20', teacher_epochs=3, teacher_lr=0.2,
-                    teacher_precision='bf16', kept='1,2', others='resnet8', rank_images=5000,
+                    teacher_precision='bf16', kept='1,2', others='resnet8', score_images=10000,
+                    rank_images=5000, spread_epochs=5,
                     test_images=5000, epochs=1, images=2560, batch_size=64,
                     lr=3e-3, quantizer_lr=1.0, precision='bf16', seeds='0,1,2'),
          paper=dict(teacher_epochs=720, teacher_augment='cutmix', kept='30,180', others='resnet8',
@@ -229,7 +229,7 @@ EXP4 = Experiment(
 # %% ../../nbs/study/16g_lowbit_study.ipynb #3674410f
 FOR_READERS = ('digits', 'study', 'paper')  # presets whose tables go to the paper's folder
 LISTS = {'augments', 'bits', 'seeds', 'kept', 'others'}  # values that are several, separated by commas
-OWN = {*LISTS, 'rank_images'}  # values of the study itself
+OWN = {*LISTS, 'score_images', 'rank_images'}  # values of the study itself
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,8 @@ class Pieces:
     teacher: TeacherRecipe
     others: tuple[TeacherRecipe, ...]  # of other architectures
     kept: tuple[int, ...]  # epochs of the teacher
-    rank_images: int  # training images on which other teachers rank; 0 is all
+    score_images: int  # training images of which M is computed; 0 is all
+    rank_images: int  # the same for other teachers
     scores: tuple[ScoreRecipe, ...]  # one an augmentation
     students: tuple[StudentRecipe, ...]  # the first seed of all first
 
@@ -274,7 +275,8 @@ def pieces_of(
     scores = [ScoreRecipe(**_fields(ScoreRecipe, values) | dict(augment=a)) for a in augments]
     others = [dataclasses.replace(teacher, model=m) for m in as_list(values['others'])]
     kept = tuple(int(e) for e in as_list(values['kept']))
-    return Pieces(teacher, tuple(others), kept, int(values['rank_images']), tuple(scores), tuple(students))
+    some = int(values['score_images']), int(values['rank_images'])
+    return Pieces(teacher, tuple(others), kept, *some, tuple(scores), tuple(students))
 
 # %% ../../nbs/study/16g_lowbit_study.ipynb #c3159872
 # long: what is held back, and the trials on it
@@ -371,9 +373,10 @@ def run_study(
     start = first if own == c.model else made_teacher(folder, dataclasses.replace(c, model=own), data)
     if first.record: say(f"teacher {first.name}: {first.record['summary']['accuracy']:.2f} %")
 
+    part = data.subset(pieces.score_images) if pieces.score_images else data
     scores = []
     for recipe in pieces.scores:
-        scores.append(scored(folder, recipe, first, data))
+        scores.append(scored(folder, recipe, first, part))
         say(f"{recipe.augment}: M {scores[-1]['summary']['m']:.4f}")
     students = []
     for student in pieces.students:
