@@ -6,8 +6,9 @@
 __all__ = ['UPDATE_RULES', 'DISTILL_LOSSES', 'TASK_LOSSES', 'CLIENT_TERMS', 'AGGREGATIONS', 'SERVER_RULES', 'REGISTRIES', 'COUNT',
            'POSITIVE', 'SHARE', 'FINITE', 'STARTS', 'ROUNDING', 'ABOVE_0', 'RULES', 'PARTS', 'REVISIONS', 'Allowed',
            'one_of', 'interval', 'setting', 'TaskConfig', 'FederationConfig', 'TrainingConfig', 'QuantisationConfig',
-           'DistillationConfig', 'TrafficConfig', 'LanguageConfig', 'as_list', 'as_typed', 'exchanges_controls',
-           'RunConfig', 'config_from', 'plain', 'canonical', 'Revision', 'algorithm_version', 'run_id']
+           'DistillationConfig', 'TrafficConfig', 'CodingConfig', 'LanguageConfig', 'as_list', 'as_typed',
+           'exchanges_controls', 'RunConfig', 'config_from', 'plain', 'canonical', 'Revision', 'algorithm_version',
+           'run_id']
 
 # %% ../../nbs/core/01_config.ipynb #13849d93
 import dataclasses
@@ -214,7 +215,7 @@ class DistillationConfig:
 class TrafficConfig:
     "What is sent, and between whom."
     uplink: str = setting('model', 'what a client sends: its model, or its compressed update', one_of('model',
-                          'qsgd', 'dither', 'pq'))
+                          'qsgd', 'dither', 'pq', 'mixed', 'low-rank'))
     update_bits: int = setting(5, 'of an entry of a compressed update, the sign included',
                                interval('[2, 8]', '2 to 8, the sign included'))
     update_norm: str = setting('2', 'that QSGD divides by', one_of('2', 'max'))
@@ -234,6 +235,24 @@ class TrafficConfig:
     moshpit_iterations: int = setting(2, 'group averages a round', POSITIVE)
     peer_failure: float = setting(0.0, 'probability that a peer misses one of them', SHARE)
     hop: str = setting('fp32', 'precision of what peers send each other', one_of('fp32', 'q8', 'same-bits'))
+
+# %% ../../nbs/core/01_config.ipynb #87d7eaca
+@dataclass(frozen=True, kw_only=True)
+class CodingConfig:
+    "How the entries of an update share a budget of bytes."
+    update_share: float = setting(0.05, "bytes of an update with uplink='mixed', as a share of the same in "
+                                  'fp32; 0 assigns bits by percentile, at whatever length', SHARE)
+    importance: str = setting('batch-sq', 'of an entry: squared gradients of batches or of examples, in '
+                              'training or over all data, or no such thing', one_of(
+                                  'batch-sq', 'per-example', 'oracle', 'adam-v', 'magnitude', 'random'))
+    fisher_decay: float = setting(0.9, 'of the mean of squared batch gradients; 1 is the plain mean',
+                                  interval('(0, 1]'))
+    update_classes: str = setting('mixed', 'bits that an entry may have: 2, 4 and 16, or one of them',
+                                  one_of('mixed', '4', '16'))
+    update_scale: str = setting('rms', 'what a scale follows: root mean square, the largest entry of its '
+                                'class, or of its tensor', one_of('rms', 'class', 'group'))
+    update_ternary: bool = setting(False, 'five 2-bit entries in a byte instead of four')
+    update_rank: int = setting(1, "of an update with uplink='low-rank'", interval('[1, 255]'))
 
 # %% ../../nbs/core/01_config.ipynb #2fbc42a7
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +323,12 @@ def _distillation_rules(c: 'RunConfig') -> Iterator[str]:
                f'so kd_gate={c.kd_gate!r} is impossible')
 
 def _uplink_rules(c: 'RunConfig') -> Iterator[str]:
-    if c.uplink != 'model' and c.update != 'fp32':
+    if c.uplink == 'mixed' and c.importance == 'adam-v' and c.optimizer != 'adamw':
+        yield "importance='adam-v' is what optimizer='adamw' has gathered"
+    if c.uplink == 'mixed' and c.update == 'latent':
+        if c.assignment == 'prune-grow':
+            yield "assignment='prune-grow' needs quantised models from the clients: uplink='mixed' sends none"
+    elif c.uplink != 'model' and c.update != 'fp32':
         yield (f'uplink={c.uplink!r} compresses the update of a full-precision client; '
                f'{c.update} sends its quantised model')
     if c.error_feedback and c.distils and (c.teacher == 'ema' or c.teacher_refresh > 1):
@@ -380,11 +404,11 @@ RULES = (*RULES, _hook_rules)
 
 # %% ../../nbs/core/01_config.ipynb #d09baf47
 PARTS = (TaskConfig, FederationConfig, TrainingConfig, QuantisationConfig, DistillationConfig, TrafficConfig,
-         LanguageConfig)
+         CodingConfig, LanguageConfig)
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(LanguageConfig, TrafficConfig, DistillationConfig, QuantisationConfig, TrainingConfig,
-                FederationConfig, TaskConfig):
+class RunConfig(LanguageConfig, CodingConfig, TrafficConfig, DistillationConfig, QuantisationConfig,
+                TrainingConfig, FederationConfig, TaskConfig):
     "Everything that can change the result of one run."
     method: str = setting('fedavg', "the recipe's name")
 
