@@ -213,7 +213,9 @@ EXP4 = Experiment(
     'Experiment 4: the augmentation of low-bit students, chosen by the teacher',
     dict(dataset='cifar10', model='resnet20', bits='2,4,3', augments=_ALL, lr=1e-3, weight_decay=1e-4,
          score_images=0, rank_images=0),
-    dict(smoke=_DIGITS | dict(teacher_epochs=4, kept='1', train_images=600, test_images=300, epochs=1,
+    dict(demo=_DIGITS | dict(teacher_epochs=6, kept='1', images=576, bits='2', seeds='0,1,2', lr=2e-3,
+                             spread_epochs=3),
+         smoke=_DIGITS | dict(teacher_epochs=4, kept='1', train_images=600, test_images=300, epochs=1,
                               images=288, bits='2', seeds='0,1,2', lr=2e-3, spread_epochs=2),
          mini=dict(train_images=5000, test_images=2000, teacher_epochs=4, kept='', others='', epochs=1,
                    images=2560, bits='2', seeds='0'),
@@ -346,7 +348,7 @@ def _other_teachers(folder: Path, pieces: Pieces, first: Teacher, data: Dataset)
 
 # %% ../../nbs/study/16g_lowbit_study.ipynb #239901d0
 def run_study(
-    preset: str = 'auto',  # auto, smoke, mini, digits, study or paper
+    preset: str = 'auto',  # auto, demo, smoke, mini, digits, study or paper
     teacher: str = '',  # a file of weights of your own; '' trains one
     data_dir: str = '',  # where the images are; '' for the usual places
     results_dir: str = '',  # where records go; '' for results/
