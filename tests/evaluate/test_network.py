@@ -8,7 +8,7 @@ from fedmpqkd.evaluate.network import PUBLISHED, Link, recomputed, round_cost, s
 
 
 def test_a_round_lasts_as_long_as_its_slowest_client_and_costs_what_all_cost():
-    "8 MB at 4 and at 2 Mbit/s are 16 and 32 s; with 20 % loss on the second 40; down 1 s each; 3 W, 1 W, 5 W."
+    "8 MB at 4 and at 2 Mbit/s are 16 and 32 s; with 20 % loss on the second 40; down 1 s; 3, 1 and 5 W."
     links = [Link(4e6, 64e6), Link(2e6, 64e6, latency=.5, loss=.2)]
     cost = round_cost([8e6, 8e6], [8e6, 8e6], [10, 2], links, Power(3, 1, 5))
     assert (cost.slowest, cost.seconds, cost.communication) == (1, pytest.approx(40 + 1.25 + .5 + 2), 41.25)
