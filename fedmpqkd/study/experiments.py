@@ -405,7 +405,7 @@ def parse_fields(
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 # %% ../../nbs/study/16b_experiments.ipynb #222e77b9
-CITED = dict(exp1='mini', exp2='mini', exp3='mini')  # the scale whose records the paper and the README cite
+CITED = dict(exp1='study', exp2='mini', exp3='mini')  # the scale whose records the paper and the README cite
 
 def departure(
     name: str, preset: str,  # of the experiment
