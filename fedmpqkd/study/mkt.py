@@ -63,7 +63,8 @@ def plan_mkt(
                              for k, v in values.items() if k in kinds}
     return [MktConfig(**typed | dict(method=m, seed=int(s))) for s in numbers for m in rows]
 
-# %% ../../nbs/study/16g_mkt.ipynb #d2dde341
+# %% ../../nbs/study/16g_mkt.ipynb #9a776698
+# long: the parameters, one a line
 @lru_cache(maxsize=1)
 def _text(dataset: str, kind: str, data_dir: str) -> TextData:
     return load_text(dataset, data_dir or None, kind)

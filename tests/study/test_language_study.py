@@ -12,7 +12,8 @@ from fedmpqkd.study.mkt import mkt_pairs, mkt_table, run_mkt  # noqa: E402
 
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_smoke(name, tmp_path):
-    outcomes = run_language(name, "smoke", "4,2", "fedavg,fedmpq,fedmpq-kd", results_dir=str(tmp_path), workers=1)
+    rows = "fedavg,fedmpq,fedmpq-kd"
+    outcomes = run_language(name, "smoke", "4,2", rows, results_dir=str(tmp_path), workers=1)
     records = {b: o.records for b, o in outcomes.items()}
     assert [len(r) for r in records.values()] == [3, 2]  # fedavg has no bits
     table = language_table(records)
