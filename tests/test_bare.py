@@ -33,7 +33,8 @@ import json
 import torch
 torch.set_num_threads(1)
 from fedmpqkd.data.images import from_tensors
-from fedmpqkd.federation.run import Progress, run
+from fedmpqkd.federation.run import run
+from fedmpqkd.federation.watch import Progress
 from fedmpqkd.federation.methods import make_config
 
 g = torch.Generator().manual_seed(0)

@@ -46,8 +46,10 @@ class Workload:
     dirichlet: float = 0.5
     source: str = 'synthetic'  # or 'real'
     data_dir: str = ''  # of real images; '' for the usual places
+    seed: int = 0  # of initial weights, partition and batches
 
 WORKLOADS = {w.name: w for w in (
+    Workload('parity', 'convnet', classes=10, clients=10, images=50_000, test_images=10_000, source='real'),
     Workload('w1', 'resnet20', classes=10, clients=10),
     Workload('w2', 'mobilenetv2-imagenet', classes=100, clients=100, participation=0.2, local_epochs=2))}
 
@@ -113,7 +115,8 @@ def config_of(
         job.entry if job.kind == 'ours' else 'fedavg', model=w.model, clients=w.clients,
         partition=w.partition, dirichlet=w.dirichlet, participation=w.participation,
         local_epochs=w.local_epochs, batch_size=w.batch_size, rounds=job.rounds + 5,
-        lr=0.1, momentum=0.9, eval_images=0, alpha=0.5, kd_warmup_rounds=0, precision=job.precision)
+        lr=0.1, momentum=0.9, eval_images=0, alpha=0.5, kd_warmup_rounds=0, precision=job.precision,
+        seed=w.seed)
 
 # %% ../../nbs/bench/19_entries.ipynb #4eee8701
 @dataclass
@@ -125,6 +128,7 @@ class Timing:
     steps: list[int] = field(default_factory=list)  # of the optimiser, in each round
     evaluations: int = 1  # models evaluated after each round
     failed: int = 0  # updates that did not arrive
+    accuracy: list[float] = field(default_factory=list)  # of the server's model after each round, percent
     state: dict[str, Tensor] = field(default_factory=dict)  # the last global model
 
 # %% ../../nbs/bench/19_entries.ipynb #686a209c
@@ -147,7 +151,8 @@ def ours(job: Job) -> Timing:
         images=[config.local_epochs * sum(sizes[k] for k in clients) for clients in chosen],
         steps=[line['steps'] for line in curve],
         evaluations=1 if config.update == 'fp32' else 1 + len(set(config.bits)),
-        failed=sum(len(line['failed']) for line in curve), state=run.server.state)
+        failed=sum(len(line['failed']) for line in curve), state=run.server.state,
+        accuracy=[line['accuracy_fp'] for line in curve])
 
 # %% ../../nbs/bench/19_entries.ipynb #71bb1b47
 def train_bare(
@@ -207,7 +212,7 @@ def bare(job: Job) -> Timing:
             for n, t in model.state_dict().items(): mean[n] += (t * weight).to(t.dtype)
         state = mean
         model.load_state_dict(state)
-        evaluate_bare(model, task.data, job.precision)
+        timing.accuracy.append(evaluate_bare(model, task.data, job.precision))
         timing.seconds.append(time.perf_counter() - start)
         timing.images.append(config.local_epochs * sum(sizes[k] for k in chosen))
         timing.steps.append(steps)
@@ -228,7 +233,7 @@ class Views(torch.utils.data.TensorDataset):
 def parts_of(workload: Workload) -> Sequence[np.ndarray]:
     "Who holds which images."
     w = workload
-    return split(load_images(w).train_y.numpy(), w.clients, w.partition, 0, w.dirichlet).parts
+    return split(load_images(w).train_y.numpy(), w.clients, w.partition, w.seed, w.dirichlet).parts
 
 # %% ../../nbs/bench/19_entries.ipynb #48a3bd78
 def client_loader(
@@ -319,6 +324,7 @@ def flower_evaluation(
         model.load_state_dict(arrays.to_torch_state_dict())
         accuracy, now = evaluate_bare(model, data), time.perf_counter()
         timing.seconds.append(now - last)
+        timing.accuracy.append(accuracy)
         last = now
         return MetricRecord({'accuracy': accuracy})
 
@@ -336,7 +342,8 @@ def flower_server(
     app, w = ServerApp(), job.workload
 
     def main(grid: Any, context: Any) -> None:
-        model, data = build_model(w.model, w.classes).to(job.device), load_images(w).to(job.device)
+        model = build_model(w.model, w.classes, w.seed).to(job.device)
+        data = load_images(w).to(job.device)
         strategy = FedAvg(fraction_train=w.participation, fraction_evaluate=0.0, min_train_nodes=1,
                           min_available_nodes=1, train_metrics_aggr_fn=flower_tally(job, timing))
         strategy.start(grid=grid, initial_arrays=ArrayRecord(model.state_dict()), num_rounds=job.rounds,

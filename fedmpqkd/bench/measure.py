@@ -107,7 +107,7 @@ def make_record(
     rest = rest or [first]
     rate = statistics.median(f / s for s, _, f in rest) / 1e9  # GFLOP/s
     w, machine = asdict(job.workload), answer['environment']
-    copied = ('startup_s', 'peak_memory_mib', 'processes', 'peak_gflops', 'steps', 'failed')
+    copied = ('startup_s', 'peak_memory_mib', 'processes', 'peak_gflops', 'steps', 'failed', 'accuracy')
     return dict(
         workload=w.pop('name'), entry=job.name, kind=job.kind, device=machine['device'],
         precision=job.precision, threads=job.threads, repeat=repeat,

@@ -21,6 +21,7 @@ import pandas as pd
 from .entries import WORKLOADS, Job, Workload
 from .machine import PHASES
 from .measure import entries, measure, measure_scaling, read_records
+from .parity import measure_parity
 from ..study.experiments import choose_device
 
 # %% ../../nbs/bench/19c_report.ipynb #ab6e0f07
@@ -315,9 +316,9 @@ def run_command(
     device, w = choose_device(options.device), workload_of(options)
     pairs = entries(options.methods, options.peers, w.model, options.precision, device)
     same: dict[str, Any] = dict(rounds=options.rounds, threads=options.threads, device=device)
+    if options.what == 'parity': return measure_parity(w, options.repeats, options.json, **same)
     if options.what == 'scaling':
-        entry, precision = pairs[0]
-        return measure_scaling(w, entry, options.repeats, options.json, precision=precision, **same)
+        return measure_scaling(w, pairs[0][0], options.repeats, options.json, precision=pairs[0][1], **same)
     jobs = [Job(w, entry, precision, **same) for entry, precision in pairs]
     return measure(jobs, options.repeats, options.json, not options.no_profile)
 

@@ -8,7 +8,7 @@ __all__ = ['RoundLine', 'Summary', 'ROUND', 'SUMMARY', 'PARTS', 'DataFacts', 'Re
 # %% ../../nbs/core/01e_record.ipynb #47440aef
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 # %% ../../nbs/core/01e_record.ipynb #4c5a42c8
 RoundLine = dict[str, Any]  # what one round gave: columns of `ROUND`, and the metrics of the task
@@ -21,6 +21,7 @@ class DataFacts(TypedDict):
     train: int  # samples
     test: int  # samples
     classes: int
+    image: NotRequired[list[int]]  # channels, height, width, where they are not 3, 32, 32
 
 class Record(TypedDict, total=False):
     "A run as it was written down."
@@ -62,6 +63,7 @@ moved                | share | quantised weights whose level changed during a lo
 lasso_moved          | share | the same if the bit regulariser alone had acted
 emptied              | share | weights in layers of which over 95 % are zero, in the received model
 steps                | | optimiser steps of all clients
+replayed             | | those of them that were replayed from a CUDA graph; absent where none was
 skipped              | | steps left out because the gradient was not finite
 accuracy             | % | of the deployed model; with several budgets the mean over clients
 accuracy_fp          | % | of the server's full-precision average
@@ -100,6 +102,8 @@ accuracy_quantised    | % | of the average quantised to the budget, last round
 accuracy_recalibrated | % | last model with freshly estimated normalisation statistics: a diagnostic
 accuracy_validation   | % | on validation images, last five rounds
 accuracy_std          | % | over clients, where each has a model of its own
+accuracy_personal     | % | mean over clients that have a model of their own, on the classes they hold
+personal_std          | % | standard deviation of the same
 auc                   | % | area under accuracy over rounds: sum, trapz, and norm (divided by the rounds)
 best_validation       | % | highest accuracy on validation images
 best_validation_round | | the round of it

@@ -48,12 +48,15 @@ def check_split(
     y: torch.Tensor,  # labels
     classes: int,  # labels must lie below this
 ) -> None:
-    "Raise a `ValueError` unless images are bytes [N, 3, 32, 32] and labels int64 [N] in range."
-    if x.dtype != torch.uint8 or x.ndim != 4 or tuple(x.shape[1:]) != (3, 32, 32):
-        raise ValueError(f'{split} images must be uint8 [N, 3, 32, 32], not {x.dtype} {list(x.shape)}')
+    "Raise a `ValueError` unless images are bytes or floats [N, C, H, W] and labels int64 [N] in range."
+    if x.dtype not in (torch.uint8, torch.float32) or x.ndim != 4 or not 1 <= x.shape[1] <= 4:
+        raise ValueError(f'{split} images must be uint8 or float32 [N, C, H, W] in one to four channels, '
+                         f'not {x.dtype} {list(x.shape)}')
+    if x.is_floating_point() and not torch.isfinite(x).all():
+        raise ValueError(f'{split} images must be finite: there is a NaN or an infinity')
     if y.dtype != torch.int64 or tuple(y.shape) != (len(x),):
         raise ValueError(f'{split} labels must be int64 [{len(x)}], not {y.dtype} {list(y.shape)}')
-    if len(x) == 0:
+    if not x.numel():
         raise ValueError(f'{split} set is empty')
     if y.min() < 0 or y.max() >= classes:
         raise ValueError(f'{split} labels must lie in 0..{classes - 1}, not {int(y.min())}..{int(y.max())}')
@@ -103,13 +106,13 @@ class Dataset:
     "Images and labels of one task, as tensors on one device."
 
     name: str
-    train_x: torch.Tensor  # uint8 [N, 3, 32, 32]
+    train_x: torch.Tensor  # uint8 or float32 [N, C, H, W]
     train_y: torch.Tensor  # int64 [N]
-    test_x: torch.Tensor  # uint8 [M, 3, 32, 32]
+    test_x: torch.Tensor  # of the same type and size [M, C, H, W]
     test_y: torch.Tensor  # int64 [M]
     classes: int
-    mean: tuple[float, float, float]  # per channel, of pixels in [0, 1]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # per channel, of bytes divided by 255, or of numbers as they are
+    std: tuple[float, ...]
     flip: bool = True  # whether a mirrored image still shows the same thing
     fingerprint: str = ''  # computed if empty
     label_names: tuple[str, ...] = ()  # of the classes, where they have names
@@ -117,16 +120,25 @@ class Dataset:
     def __post_init__(self) -> None:
         check_split('train', self.train_x, self.train_y, self.classes)
         check_split('test', self.test_x, self.test_y, self.classes)
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f'mean and std need 3 values each and std > 0, not {self.mean} and {self.std}')
+        train, test = ((x.dtype, *x.shape[1:]) for x in (self.train_x, self.test_x))
+        if train != test: raise ValueError(f'training and test images differ: {train} and {test}')
+        n = self.train_x.shape[1]
+        if len(self.mean) != n or len(self.std) != n or min(self.std) <= 0:
+            raise ValueError(f'mean and std need {n} values each and std > 0, not {self.mean} and {self.std}')
         if self.label_names and len(self.label_names) != self.classes:
             raise ValueError(f'{len(self.label_names)} label names for {self.classes} classes')
         if not self.fingerprint:
             value = tensor_hash(self.train_x, self.train_y, self.test_x, self.test_y)
             object.__setattr__(self, 'fingerprint', value)
 
+    @property
+    def image(self) -> tuple[int, ...]:
+        "Channels, height and width of an image."
+        return tuple(self.train_x.shape[1:])
+
     def __repr__(self) -> str:
-        size = f'{len(self.train_x)} + {len(self.test_x)} images, {self.classes} classes'
+        shown = '' if self.image == (3, 32, 32) else ' of ' + 'x'.join(map(str, self.image))
+        size = f'{len(self.train_x)} + {len(self.test_x)} images{shown}, {self.classes} classes'
         return f'Dataset({self.name!r}, {size}, {self.fingerprint})'
 
     def to(self, device: str | torch.device) -> 'Dataset':
@@ -142,18 +154,19 @@ class Dataset:
 
 # %% ../../nbs/data/02_images.ipynb #0eb708c6
 def channel_stats(
-    x: torch.Tensor,  # uint8 [N, 3, H, W]
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:  # mean, std of pixels in [0, 1]
-    "Mean and deviation from integer sums: the same number on every machine."
-    total, square = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
+    x: torch.Tensor,  # uint8 or float32 [N, C, H, W]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean, std of bytes in [0, 1], or of numbers as they are
+    "Mean and deviation; of bytes from integer sums, so that they are the same number on every machine."
+    kind, unit = (torch.int64, 255) if x.dtype == torch.uint8 else (torch.float64, 1)
+    total, square = (torch.zeros(x.shape[1], dtype=kind) for _ in range(2))
     for part in x.cpu().split(1000):
-        pixels = part.int()
+        pixels = part.int() if kind == torch.int64 else part.double()
         total += pixels.sum((0, 2, 3))
         square += (pixels * pixels).sum((0, 2, 3))
-    n = x.numel() // 3
+    n = x.numel() // x.shape[1]
     mean = [t / n for t in total.tolist()]
     std = [max(s / n - m * m, 0.0) ** 0.5 for s, m in zip(square.tolist(), mean, strict=True)]
-    return (mean[0] / 255, mean[1] / 255, mean[2] / 255), (std[0] / 255, std[1] / 255, std[2] / 255)
+    return tuple(m / unit for m in mean), tuple(s / unit for s in std)
 
 # %% ../../nbs/data/02_images.ipynb #5480e6af
 def _as_bytes(pixels: np.ndarray) -> np.ndarray | None:
@@ -168,20 +181,28 @@ def _as_bytes(pixels: np.ndarray) -> np.ndarray | None:
     return whole
 
 # %% ../../nbs/data/02_images.ipynb #2d75e86e
+_MODES = ('L', 'LA', 'RGB', 'RGBA', 'F', 'I', 'I;16')  # of pictures that are taken as they are
+
+def _channels_first(image: Any, where: str) -> np.ndarray:
+    "One image of any common kind as an array [C, H, W] of its own type; a `ValueError` if it is none."
+    if isinstance(image, Image.Image) and image.mode not in _MODES: image = image.convert('RGB')  # palettes
+    pixels = np.asarray(image)
+    if pixels.ndim == 2: pixels = pixels[None]
+    if pixels.ndim != 3 or pixels.dtype.kind not in 'uif' or not pixels.size:
+        raise ValueError(f'{where}: needs pixels [H, W], [H, W, C] or [C, H, W], bytes or numbers, not '
+                         f'{pixels.dtype} {list(pixels.shape)}')
+    if pixels.shape[0] > 4: pixels = pixels.transpose(2, 0, 1)
+    if pixels.shape[0] <= 4: return pixels
+    raise ValueError(f'{where}: needs one to four channels, first or last, not {list(pixels.shape)}')
+
 def as_pixels(
     image: Any,  # a PIL picture, an array, a tensor, a nested list
     where: str,  # for the message
-) -> np.ndarray:  # uint8 [3, 32, 32]
-    "One image of any common kind; a `ValueError` if it would lose something."
-    mode = image.mode if isinstance(image, Image.Image) else 'RGB'
-    if isinstance(image, Image.Image) and mode == 'L': image = image.convert('RGB')
-    pixels = np.asarray(image)
-    found = f'{pixels.dtype} {list(pixels.shape)}' + (f' in mode {mode}' if mode != 'RGB' else '')
-    shape, found_bytes = list(pixels.shape), _as_bytes(pixels)
-    if found_bytes is None or shape not in ([32, 32, 3], [3, 32, 32]) or mode not in ('RGB', 'L'):
-        raise ValueError(f'{where}: needs 32x32 pixels in three colours, bytes or numbers 0..1, not {found}; '
-                         'torchvision.transforms.Resize((32, 32)) makes them')
-    return found_bytes if shape[0] == 3 else found_bytes.transpose(2, 0, 1)
+) -> np.ndarray:  # uint8, or float32 where bytes would lose something, [C, H, W]
+    "One image of any common kind."
+    pixels = _channels_first(image, where)
+    found = _as_bytes(pixels)
+    return pixels.astype(np.float32) if found is None else found
 
 # %% ../../nbs/data/02_images.ipynb #ea682960
 def _label_array(
@@ -221,32 +242,45 @@ def as_classes(
     return a, b, tuple(map(str, values))
 
 # %% ../../nbs/data/02_images.ipynb #fe37913d
+def _stack(split: str, images: list[np.ndarray]) -> torch.Tensor:
+    "Images [C, H, W] of one size as one tensor: bytes if all of them can be, otherwise all in float32."
+    if not images: raise ValueError(f'{split} set is empty')
+    found = [_as_bytes(p) for p in images]
+    same = [p.astype(np.float32) for p in images] if any(f is None for f in found) else found
+    pixels = [p for p in same if p is not None]
+    if {len(p) for p in pixels} == {1, 3}: pixels = [np.repeat(p, 3 // len(p), 0) for p in pixels]
+    for i, p in enumerate(pixels):
+        if p.shape != pixels[0].shape:
+            raise ValueError(f'{split} image {i}: {list(p.shape)} where image 0 is {list(pixels[0].shape)}; '
+                             'torchvision.transforms.Resize((64, 64)) makes one size')
+    return torch.from_numpy(np.stack(pixels))
+
 def _stacked(split: str, images: Any) -> torch.Tensor:
     "Images as one tensor; a tensor stays what it is."
     if isinstance(images, torch.Tensor): return images
-    pixels = [as_pixels(image, f'{split} image {i}') for i, image in enumerate(images)]
-    if not pixels: raise ValueError(f'{split} set is empty')
-    return torch.from_numpy(np.stack(pixels))
+    return _stack(split, [_channels_first(image, f'{split} image {i}') for i, image in enumerate(images)])
 
 # %% ../../nbs/data/02_images.ipynb #18ba03c8
 def from_tensors(
     name: str,  # appears in records
-    train_x: Any,  # uint8 [N, 3, 32, 32], or what `as_pixels` makes that of
+    train_x: Any,  # uint8 or float32 [N, C, H, W], or what `as_pixels` makes that of
     train_y: Any,  # int64 [N], classes 0..C-1, or what `as_classes` makes that of
-    test_x: Any,  # uint8 [M, 3, 32, 32]
+    test_x: Any,  # the same, [M, C, H, W]
     test_y: Any,  # int64 [M]
     flip: bool = True,  # may training images be mirrored?
     classes: int = 0,  # 0: as many as there are different labels
 ) -> Dataset:
-    "Any images of the right size as a data set; mean and deviation come from the training images."
+    "Any images of one size as a data set; mean and deviation come from the training images."
     train_x, test_x = _stacked('train', train_x), _stacked('test', test_x)
     train_y, test_y, names = as_classes(name, train_y, test_y, classes)
     labels = torch.cat([train_y.cpu(), test_y.cpu()])
     classes = classes or len(names) or (int(labels.max()) + 1 if len(labels) else 1)
     check_split('train', train_x, train_y, classes)
     mean, std = channel_stats(train_x)
-    if min(std) == 0:
-        raise ValueError(f'a colour channel of {name!r} is the same everywhere: it cannot be normalised')
+    if max(std) == 0: raise ValueError(f'the images of {name!r} are the same everywhere: they show nothing')
+    for c in (c for c, s in enumerate(std) if not s):
+        print(f'{name}: channel {c} is the same everywhere, and becomes zero')
+    std = tuple(s or 1.0 for s in std)
     names = names if len(names) == classes else ()
     return Dataset(name, train_x, train_y, test_x, test_y, classes, mean, std, flip, label_names=names)
 
@@ -254,7 +288,7 @@ def from_tensors(
 def _samples(
     split: str,  # 'train' or 'test', for the message
     data: Any,  # a torch data set, or any sequence of pairs
-) -> tuple[torch.Tensor, list[Any]]:  # uint8 [N, 3, 32, 32], labels
+) -> tuple[torch.Tensor, list[Any]]:  # uint8 or float32 [N, C, H, W], labels
     "Read pairs of image and label."
     listed = hasattr(data, '__getitem__') and hasattr(data, '__len__')
     rows: Iterable[Any] = (data[i] for i in range(len(data))) if listed else data
@@ -262,12 +296,11 @@ def _samples(
     for i, row in enumerate(rows):
         if not isinstance(row, (tuple, list)) or len(row) != 2:
             raise ValueError(f'{split} sample {i}: needs a pair of image and label, not {type(row).__name__}')
-        images.append(as_pixels(row[0], f'{split} image {i}'))
+        images.append(_channels_first(row[0], f'{split} image {i}'))
         labels.append(row[1])
-    if not images: raise ValueError(f'{split} set is empty')
-    if listed and (as_pixels(data[0][0], f'{split} image 0') != images[0]).any():
+    if images and listed and (_channels_first(data[0][0], f'{split} image 0') != images[0]).any():
         raise ValueError(f'{split} image 0 read twice has other pixels: leave out random transforms')
-    return torch.from_numpy(np.stack(images)), labels
+    return _stack(split, images), labels
 
 # %% ../../nbs/data/02_images.ipynb #1137e00a
 def from_any(
@@ -308,34 +341,34 @@ def load_digits() -> Dataset:
 # %% ../../nbs/data/02_images.ipynb #62a879a5
 @lru_cache(maxsize=64)
 def _scale_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+    mean: tuple[float, ...], std: tuple[float, ...], unit: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "The factor and the summand of `normalize`, each [1, 3, 1, 1]."
+    "The factor and the summand of `normalize`, each [1, C, 1, 1]."
     with torch.inference_mode(False):
-        m, s = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (mean, std))
-        return (1 / (255 * s)).float().to(device), (-m / s).float().to(device)
+        m, s = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (mean, std))
+        return (1 / (unit * s)).float().to(device), (-m / s).float().to(device)
 
 
 def normalize(
-    x: torch.Tensor,  # uint8 [B, 3, H, W]
-    mean: tuple[float, float, float],  # per channel, of pixels in [0, 1]
-    std: tuple[float, float, float],
+    x: torch.Tensor,  # uint8 or float32 [B, C, H, W]
+    mean: tuple[float, ...],  # per channel, of bytes divided by 255, or of numbers as they are
+    std: tuple[float, ...],
     dtype: torch.dtype = torch.float32,  # what the network wants
 ) -> torch.Tensor:  # the same shape and memory layout
-    "Pixels 0..255 to numbers around zero, per colour channel."
-    if x.dtype != torch.uint8:
-        raise TypeError(f'normalize takes uint8 pixels 0..255, not {x.dtype}')
-    scale, shift = _scale_shift(tuple(mean), tuple(std), x.device)
-    return (x.float() * scale + shift).to(dtype)  # [B, 3, H, W]
+    "Pixels to numbers around zero, per channel."
+    if x.dtype not in (torch.uint8, torch.float32):
+        raise TypeError(f'normalize takes uint8 pixels 0..255 or float32 numbers, not {x.dtype}')
+    scale, shift = _scale_shift(tuple(mean), tuple(std), 255 if x.dtype == torch.uint8 else 1, x.device)
+    return (x.float() * scale + shift).to(dtype)  # [B, C, H, W]
 
 # %% ../../nbs/data/02_images.ipynb #f767e301
 def pad_images(
-    x: torch.Tensor,  # uint8 [N, 3, H, W]
-    padding: int = 4,  # black pixels on each side
-) -> torch.Tensor:  # uint8 [N, H+2p, W+2p, 3], contiguous
+    x: torch.Tensor,  # uint8 or float32 [N, C, H, W]
+    padding: int = 4,  # pixels of value 0 on each side
+) -> torch.Tensor:  # [N, H+2p, W+2p, C], contiguous
     "Black borders around every image, colours last."
-    if x.dtype != torch.uint8 or x.ndim != 4:
-        raise ValueError(f'images must be uint8 [N, 3, H, W], not {x.dtype} {list(x.shape)}')
+    if x.ndim != 4:
+        raise ValueError(f'images must be [N, C, H, W], not {list(x.shape)}')
     return F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding)).contiguous()
 
 # %% ../../nbs/data/02_images.ipynb #6c1c536a
@@ -353,27 +386,28 @@ def draw_views(
 
 # %% ../../nbs/data/02_images.ipynb #2abd301d
 def crop_flip(
-    padded: torch.Tensor,  # uint8 [N, H, W, 3] from `pad_images`
+    padded: torch.Tensor,  # [N, H, W, C] from `pad_images`
     index: torch.Tensor,  # which images, int64 [B]
     dy: torch.Tensor,  # first row of each window, int64 [B]
     dx: torch.Tensor,  # first column of each window, int64 [B]
     flipped: torch.Tensor,  # mirror it? bool [B]
-    size: int = 32,  # side of the window
-) -> torch.Tensor:  # uint8 [B, 3, size, size], channels_last
+    size: int | tuple[int, int] = 32,  # side of the window, or its height and width
+) -> torch.Tensor:  # [B, C, size, size], channels_last
     "One view of each image: a single gather, whatever the device."
     n, height, width, channels = padded.shape
-    rows, columns = height - size + 1, width - size + 1
+    high, wide = (size, size) if isinstance(size, int) else size
+    rows, columns = height - high + 1, width - wide + 1
     if dy.device.type == 'cpu' and len(dy):
         if min(dy.min(), dx.min()) < 0 or dy.max() >= rows or dx.max() >= columns:
             allowed = f'0..{rows - 1}, 0..{columns - 1}'
-            raise ValueError(f'windows of {size} in {height}x{width} start at {allowed}')
+            raise ValueError(f'windows of {high}x{wide} in {height}x{width} start at {allowed}')
 
     image, row, column, pixel = padded.stride()
-    shape, strides = (n, rows, columns, size, size, channels), (image, row, column, row, column, pixel)
-    windows = padded.as_strided(shape, strides)  # [N, rows, columns, size, size, 3], a view
+    shape, strides = (n, rows, columns, high, wide, channels), (image, row, column, row, column, pixel)
+    windows = padded.as_strided(shape, strides)  # [N, rows, columns, high, wide, C], a view
 
     index, dy, dx, flipped = (t.to(padded.device, non_blocking=True) for t in (index, dy, dx, flipped))
-    views = windows[index, dy, dx]  # [B, size, size, 3]
+    views = windows[index, dy, dx]  # [B, high, wide, C]
     return torch.where(flipped[:, None, None, None], views.flip(2), views).permute(0, 3, 1, 2)
 
 # %% ../../nbs/data/02_images.ipynb #0de18a91

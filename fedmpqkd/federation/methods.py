@@ -12,10 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.config import DISTILL_LOSSES, RunConfig, as_typed, config_from
+from ..core.config import REGISTRIES, RunConfig, as_typed, config_from
 from ..core.usercode import code_of
 from ..models.vision import _MODELS, BUILT_IN
-from ..quant.bits import RULES
 
 # %% ../../nbs/federation/11_methods.ipynb #70c1fbd2
 _QAT = dict(update='latent', assignment='uniform', lambda_b=0.0)
@@ -36,7 +35,27 @@ RECIPES: dict[str, dict[str, Any]] = {
     'aqfl': dict(**_QAT, alpha=0.0),
     'fedkd': dict(**_QAT, exchange='logits+model', alpha=0.0),
     'fedmd': dict(update='fp32', exchange='logits-only', alpha=0.0),
-    'feddf': dict(update='fp32', exchange='server-distill', alpha=0.0)}
+    'feddf': dict(update='fp32', exchange='server-distill', alpha=0.0),
+    'fedavgm': dict(update='fp32', server_rule='momentum', alpha=0.0),
+    'fedadam': dict(update='fp32', server_rule='adam', alpha=0.0),
+    'scaffold': dict(update='fp32', client_term='scaffold', optimizer='sgd', momentum=0.0, alpha=0.0),
+    'fedbn': dict(update='fp32', client_term='local-norm', alpha=0.0)}
+
+# %% ../../nbs/federation/11_methods.ipynb #b7c2f812
+_FSTQ = dict(uplink='mixed', error_feedback=True, alpha=0.0)
+
+RECIPES |= {
+    'fedavg-fstq': dict(update='fp32', **_FSTQ, importance='batch-sq'),
+    'fedavg-fstq-paper': dict(update='fp32', uplink='mixed', importance='batch-sq', update_share=0.0,
+                              update_scale='group', error_feedback=False, alpha=0.0),
+    'fedavg-oracle': dict(update='fp32', **_FSTQ, importance='oracle'),
+    'fedavg-example': dict(update='fp32', **_FSTQ, importance='per-example'),
+    'fedavg-adam-v': dict(update='fp32', **_FSTQ, importance='adam-v', optimizer='adamw'),
+    'fedavg-magnitude': dict(update='fp32', **_FSTQ, importance='magnitude'),
+    'fedavg-topk': dict(update='fp32', **_FSTQ, importance='magnitude', update_classes='16'),
+    'fedavg-random': dict(update='fp32', **_FSTQ, importance='random'),
+    'fedavg-powersgd': dict(update='fp32', uplink='low-rank', error_feedback=True, alpha=0.0),
+    'qat-fstq': dict(**_QAT, **_FSTQ, importance='batch-sq')}
 
 # %% ../../nbs/federation/11_methods.ipynb #58f5663e
 _FEDMPQ = dict(update='signed-planes', assignment='prune-grow')
@@ -108,8 +127,16 @@ _IDLE: tuple[tuple[Any, tuple[str, ...]], ...] = (  # (when nothing of this is u
     (lambda c: c.assignment != 'prune-grow', ('prune_threshold', 'prune_lsb', 'overshoot', 'compat')),
     (lambda c: c.uplink == 'model', ('update_bits', 'update_norm', 'error_feedback')),
     (lambda c: c.uplink != 'qsgd', ('update_norm',)),
-    (lambda c: c.uplink == 'pq', ('update_bits',)),
+    (lambda c: c.uplink in ('pq', 'mixed', 'low-rank'), ('update_bits',)),
+    (lambda c: c.uplink != 'mixed', (
+        'update_share', 'importance', 'update_classes', 'update_scale', 'update_ternary')),
+    (lambda c: c.uplink != 'mixed' or c.importance != 'batch-sq', ('fisher_decay',)),
+    (lambda c: c.uplink == 'mixed' and not c.update_share, ('update_classes',)),
+    (lambda c: c.uplink != 'low-rank', ('update_rank',)),
+    (lambda c: c.uplink == 'mixed', ('rounding_up',)),
     (lambda c: c.uplink != 'pq', ('pq_dim', 'pq_centroids', 'codebook')),
+    (lambda c: c.server_rule == 'average', ('server_lr', 'server_momentum', 'server_beta2', 'server_tau')),
+    (lambda c: c.server_rule == 'momentum', ('server_beta2', 'server_tau')),
     (lambda c: c.exchange == 'model', ('public_images', 'public_epochs', 'logits')),
     (lambda c: c.exchange == 'model' or c.logits != 'topk', ('logits_topk',)),
     (lambda c: c.aggregate != 'moshpit', ('grid_axes', 'moshpit_iterations', 'peer_failure', 'hop')),
@@ -167,11 +194,13 @@ def check_wishes(
 def with_code(
     config: RunConfig,  # a run
 ) -> RunConfig:  # the same run; its identity follows the registered code that it uses
-    "A run, with the fingerprints of the user's network, rule and loss."
+    "A run, with the fingerprints of the user's network, rules, losses and terms."
     network = _MODELS.get(config.model)
-    used = dict(model='' if network is BUILT_IN.get(config.model) else code_of(network),
-                update=code_of(RULES.get(config.update)),
-                kd_loss=code_of(DISTILL_LOSSES.get(config.kd_loss)) if config.distils else '')
+    used = dict(model='' if network is BUILT_IN.get(config.model) else code_of(network))
+    for field, registry in REGISTRIES.items():
+        made = registry.get(getattr(config, field)) if field != 'kd_loss' or config.distils else None
+        parts = (made.start, made.weight) if field == 'aggregate' and made else (made,)
+        used[field] = ''.join(map(code_of, parts))
     others = [part for part in config.extension.split('+') if part and part.partition(':')[0] not in used]
     extension = '+'.join([*others, *(f'{name}:{code}' for name, code in used.items() if code)])
     return dataclasses.replace(config, extension=extension)

@@ -20,6 +20,7 @@ from ..core.config import RunConfig
 from ..core.streams import torch_rng
 from .task import Task
 from .teacher import BatchTeacher, CoTeacher
+from .terms import label_loss
 from fedmpqkd.models.vision import (
     Folded,
     Layout,
@@ -74,7 +75,8 @@ def logits_of(
     "The logits of two samples, or a `ValueError` that says what is wrong with them."
     try: z: Any = model(x)
     except Exception as why:
-        raise ValueError(f'the network fails on two samples: {type(why).__name__}: {why}') from why
+        raise ValueError(f'the network fails on two samples: {type(why).__name__}: {why} '
+                         f'(samples {list(x.shape)})') from why
     if not isinstance(z, Tensor):
         raise ValueError(f'a network returns its logits, one tensor; this one returns a {type(z).__name__}')
     wanted = f'[2, {task.classes}]' if y.dim() == 1 else '[2, T, V]'
@@ -108,8 +110,9 @@ def _learned(model: nn.Module, config: RunConfig, task: Task, x: Tensor, y: Tens
     before = generators(x.device)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == 'bf16'):
         z = logits_of(model.train(), task, x, y).float()
-        try: loss = task.loss(z, y)
+        try: loss = label_loss(config, task, z, y)
         except Exception as why: raise ValueError(f'{task.name} has no loss for these logits: {why}') from why
+        if loss.dim(): raise ValueError(f'the loss of a batch is one number, not {list(loss.shape)}')
     drew = generators(x.device) != before
     if not loss.requires_grad: raise ValueError('the loss depends on no parameter: there is nothing to train')
     try: loss.backward()

@@ -31,9 +31,10 @@ def epoch_batches(
     flip: bool = True,  # may images be mirrored?
     min_batch: int = 2,  # a last batch of fewer samples joins the one before it
     device: str | torch.device = 'cpu',  # where the batches are wanted; one transfer an epoch
+    padding: int = 4,  # of the images; shifts are 0 to twice that
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # positions 0..n-1, dy, dx, flipped
     "The batches of one epoch."
-    drawn = torch.randperm(n, generator=generator), *draw_views(n, generator, flip=flip)
+    drawn = torch.randperm(n, generator=generator), *draw_views(n, generator, padding, flip)
     order, *views = (t.to(device) for t in drawn)  # [n] each
     cuts = list(range(0, n, batch_size))
     if len(cuts) > 1 and n - cuts[-1] < min_batch: cuts.pop()
@@ -66,7 +67,8 @@ class VisionTask(Task):
         self.data = data = data.to(device)
         self.name, self.fingerprint, self.classes = data.name, data.fingerprint, data.classes
         self.device = data.train_x.device
-        self.padded = pad_images(data.train_x)  # uint8 [N, 40, 40, 3]
+        self.padding = min(data.image[1:]) // 8  # 4 of 32
+        self.padded = pad_images(data.train_x, self.padding)  # [N, H + 2 padding, W + 2 padding, C]
         self.labels = self.true_labels = self.train_targets = data.train_y
         self.train_samples, self.test_samples = data.train_x, data.test_x
         self.test_labels = self.test_targets = data.test_y
@@ -74,27 +76,28 @@ class VisionTask(Task):
     def network(self, config: RunConfig) -> nn.Module:
         "A model by its name, with quantised activations where the run wants them."
         act = None if config.act_bits == 32 else lambda: QuantAct(config.act_bits)
-        return build_model(config.model, self.classes, config.seed, act=act)
+        return build_model(config.model, self.classes, config.seed, act, self.data.image)
 
     def epoch(
         self, n: int, batch_size: int, generator: torch.Generator, min_batch: int = 2,
     ) -> Iterator[tuple[Tensor, ...]]:
         "Positions, shifts and mirrors, on the device."
-        return epoch_batches(n, batch_size, generator, self.data.flip, min_batch, self.device)
+        flip, padding = self.data.flip, self.padding
+        return epoch_batches(n, batch_size, generator, flip, min_batch, self.device, padding)
 
     def batch(self, index: Tensor, *view: Tensor) -> tuple[Tensor, Tensor]:
-        "Augmented, normalised images [B, 3, 32, 32] in channels_last memory, and their labels [B]."
-        dy, dx, flipped = view
-        x = crop_flip(self.padded, index, dy, dx, flipped)
+        "Augmented, normalised images [B, C, H, W] in channels_last memory, and their labels [B]."
+        (dy, dx, flipped), (_, high, wide) = view, self.data.image
+        x = crop_flip(self.padded, index, dy, dx, flipped, (high, wide))
         return normalize(x, self.data.mean, self.data.std), self.labels[index.to(self.labels.device)]
 
     def plain(self, index: Tensor) -> tuple[Tensor, Tensor]:
         "Images neither shifted nor mirrored."
-        centre = torch.full((len(index),), 4)
+        centre = torch.full((len(index),), self.padding)
         return self.batch(index, centre, centre, torch.zeros(len(index), dtype=torch.bool))
 
     def inputs(self, samples: Tensor) -> Tensor:
-        "Normalised images [B, 3, 32, 32] from bytes [B, 3, 32, 32]."
+        "Normalised images [B, C, H, W] from raw ones."
         x = normalize(samples, self.data.mean, self.data.std)
         return x.contiguous(memory_format=torch.channels_last)
 
@@ -120,10 +123,12 @@ class VisionTask(Task):
 # %% ../../nbs/learn/09a_vision.ipynb #7a2bf137
 def image_task(
     classes: int,  # C
+    image: tuple[int, ...] = (3, 32, 32),  # channels, height, width
 ) -> VisionTask:
     "The task of classifying images into so many classes, with two blank images and no data."
-    x, y = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, classes - 1])
-    return VisionTask(Dataset('blank', x, y, x, y, classes, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), flip=False))
+    x, y = torch.zeros(2, *image, dtype=torch.uint8), torch.tensor([0, classes - 1])
+    zero, one = (0.0,) * image[0], (1.0,) * image[0]
+    return VisionTask(Dataset('blank', x, y, x, y, classes, zero, one, flip=False))
 
 # %% ../../nbs/learn/09a_vision.ipynb #ef3e7e01
 def as_vision(

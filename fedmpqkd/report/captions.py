@@ -19,7 +19,7 @@ from ..core.config import RunConfig, config_from
 from ..core.journal import project_root, write_atomic
 from ..core.record import Record
 from ..models.vision import build_model, layout
-from .claims import PAPER, beside_the_paper
+from .claims import beside_the_paper, is_the_papers_task
 from fedmpqkd.report.evidence import (
     Records,
     Runs,
@@ -376,7 +376,8 @@ def write_outputs(
         page += [to_markdown(tried), about]
         files |= {'_robustness.tex': latex_panels(tried, lower, source).encode(),
                   '_robustness_caption.tex': _defined(about, source)}
-    if name in PAPER: page.append(to_markdown(beside_the_paper(runs, name)))
+    if is_the_papers_task(runs.records, name):
+        page.append(to_markdown(beside_the_paper(runs, name)))
     text = '\n\n'.join(part.strip() for part in page) + '\n'
     files |= {'.md': text.encode(), '.pdf': curves_pdf(runs)}
     return [write_atomic(Path(folder) / f'{name}{ending}', content) for ending, content in files.items()]

@@ -137,6 +137,11 @@ AXES |= {
     'controls': Axis('What else could do as much as a teacher', dict(base={}),
                      'fedmpq,fedmpq-kd,fedmpq-smooth,fedmpq-prox')}
 
+# %% ../../nbs/study/16d_axes.ipynb #70397aff
+AXES['model'].scaled['demo'] = along('model', 'cnn', 'resnet8')
+AXES['start'].scaled['demo'] = starts(2, 5)
+AXES['statistics'].scaled['demo'] = starts(2, 5, budgets=(4,))
+
 # %% ../../nbs/study/16d_axes.ipynb #62f9ae49
 AXES |= {
     'rivals': Axis('Baselines', dict(base={}),

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXP1', 'EXP2', 'EXP3', 'EXPERIMENTS', 'CITED', 'Experiment', 'choose_device', 'choose_preset', 'choose_precision',
-           'load_plugins', 'tuned_path', 'tuned_values', 'tuned_for', 'check_rows', 'plan', 'Job', 'load_task',
-           'open_job', 'run_job', 'run_sweep', 'match_bytes', 'Outcome', 'parse_fields', 'departure', 'run_experiment']
+           'load_plugins', 'tuned_path', 'tuned_values', 'tuned_for', 'check_rows', 'whole_of_own', 'plan', 'Job',
+           'load_task', 'open_job', 'run_job', 'run_sweep', 'match_bytes', 'Outcome', 'parse_fields', 'departure',
+           'run_experiment']
 
 # %% ../../nbs/study/16b_experiments.ipynb #f07bda6d
 import hashlib
@@ -37,7 +38,8 @@ from fedmpqkd.federation.methods import (
     same_value,
     with_code,
 )
-from ..federation.run import Progress, run
+from ..federation.run import run
+from ..federation.watch import Progress, Sweep
 from ..learn.language import load_language
 from .matched import equal_bytes
 
@@ -101,6 +103,15 @@ EXP3 = Experiment(
 
 EXPERIMENTS: dict[str, Experiment] = {'exp1': EXP1, 'exp2': EXP2, 'exp3': EXP3}
 
+# %% ../../nbs/study/16b_experiments.ipynb #9d6fea5c
+_DEMO = dict(dataset='digits', model='cnn', clients=4, dirichlet=10.0, bits=2, batch_size=16, lr=0.05,
+             rounds=8, eval_images=0, precision='fp32', public_images=160, min_batch=8)
+
+EXP1.presets['demo'] = _DEMO | dict(methods=_FOUR, seeds='0,1,2')
+EXP2.presets['demo'] = _DEMO | dict(dirichlet=0.5, participation=0.75, stress='attacks', methods=_FIVE,
+                                    seeds='0')
+EXP3.presets['demo'] = _DEMO | dict(dirichlet=0.5, rounds=5, methods=_FOUR, seeds='0')
+
 # %% ../../nbs/study/16b_experiments.ipynb #fd16c6d7
 def choose_device(
     device: str = 'auto',  # 'auto', 'cpu', 'cuda', 'cuda:1'
@@ -128,12 +139,12 @@ def choose_preset(
             raise ValueError(f'preset={preset!r}: allowed are auto, {", ".join(experiment.presets)}')
         return preset, 'as asked'
     if device == 'cpu' and not data_dir:
-        return 'smoke', 'no GPU: embedded digits, not CIFAR; ask for mini, study or paper by name'
+        return 'demo', 'no GPU: embedded digits, not CIFAR; ask for mini, study or paper by name'
     try:
         load_dataset(experiment.fields['dataset'], data_dir or None)
     except DataMissing:
         if data_dir: raise
-        return 'smoke', f'{experiment.fields["dataset"]} is not at hand: embedded digits'
+        return 'demo', f'{experiment.fields["dataset"]} is not at hand: embedded digits'
     if device != 'cpu': return 'paper', 'a GPU and the data are here'
     return 'mini', 'no GPU, but a data directory was given'
 
@@ -210,6 +221,15 @@ def check_rows(
             said = ', '.join(f'{m} pins {p[name]}' for m, p in zip(methods, pinned, strict=True))
             raise ValueError(f'{name}={value}: no method here follows it ({said})')
 
+# %% ../../nbs/study/16b_experiments.ipynb #aded9338
+def whole_of_own(
+    values: dict[str, Any],  # of the experiment and its preset
+    dataset: Any,  # that the user asks for
+) -> dict[str, Any]:  # without the sizes, if the data set is the user's own
+    "A preset's values, fit for a user's data set."
+    if dataset not in _LOADERS: return values
+    return {k: v for k, v in values.items() if k not in ('train_images', 'test_images')}
+
 # %% ../../nbs/study/16b_experiments.ipynb #e8176aea
 def plan(
     experiment: Experiment,  # setting
@@ -220,7 +240,7 @@ def plan(
     **fields: Any,  # configuration values that win; None and '' mean the preset's
 ) -> list[RunConfig]:  # seeds outer, methods inner
     "The runs of an experiment."
-    values = experiment.fields | experiment.presets[preset]
+    values = whole_of_own(experiment.fields | experiment.presets[preset], fields.get('dataset'))
     methods = as_list(methods) or as_list(values.pop('methods'))
     seeds = as_list(seeds) or as_list(values.pop('seeds'))
     given = {k: v for k, v in fields.items() if v is not None and v != ''}
@@ -274,13 +294,15 @@ def open_job(job: Job) -> tuple[Any, Journal]:
         raise ValueError(f'method={c.method!r}: it would leave the folder of results')
     return data, journal
 
-def _attempt(job: Job) -> Record | Claimed:
+def _attempt(job: Job, sweep: Sweep | None = None) -> Record | Claimed:
     "The record of a job, found or computed; or who is computing it."
     data, journal = open_job(job)
     journal.tidy()
-    if (done := journal.record()) is not None: return cast(Record, done)
     c = _as_registered(job)
-    progress = None if job.quiet else Progress(f'{c.method} seed {c.seed}', c.rounds)
+    if (done := journal.record()) is not None:
+        if sweep: sweep.found(c.rounds, runs=1)
+        return cast(Record, done)
+    progress = None if job.quiet else Progress(f'{c.method} seed {c.seed}', c.rounds, sweep)
     try: return run(c, data, journal, job.device, job.workers, progress)
     except Claimed as why: return why
 
@@ -327,15 +349,16 @@ def run_sweep(
     "Bring every job to its record."
     jobs, told = list(jobs), set[str]()
     records = dict(enumerate(_through(executor, jobs))) if executor else {}
-    while True:
-        busy = []
-        for i, job in enumerate(jobs):
-            if records.get(i) is not None: continue
-            found = _attempt(job)
-            if isinstance(found, Claimed): busy.append(found)
-            else: records[i] = found
-        if not busy: return [r for i in range(len(jobs)) if (r := records[i]) is not None]
-        _wait_for(busy, told, wait)
+    with Sweep([job.config.rounds for job in jobs if not job.quiet]) as sweep:
+        while True:
+            busy = []
+            for i, job in enumerate(jobs):
+                if records.get(i) is not None: continue
+                found = _attempt(job, sweep)
+                if isinstance(found, Claimed): busy.append(found)
+                else: records[i] = found
+            if not busy: return [r for i in range(len(jobs)) if (r := records[i]) is not None]
+            _wait_for(busy, told, wait)
 
 # %% ../../nbs/study/16b_experiments.ipynb #cb4c782a
 def match_bytes(
@@ -359,6 +382,12 @@ class Outcome:
     records: list[Record]
     root: Path  # the repository or working directory
     declared: bool = False  # are these all rows of the preset, and nothing else?
+    results: Path = Path('results')  # results folder
+
+    @property
+    def folder(self) -> Path:
+        "Where the records are."
+        return self.results / self.experiment / self.preset
 
     @property
     def generated(self) -> Path:
@@ -423,7 +452,7 @@ def _prepare(
 # long: the parameters of the experiment notebooks, one a line
 def run_experiment(
     name: str,  # 'exp1', ...
-    preset: str = 'auto',  # auto, smoke, mini, study or paper
+    preset: str = 'auto',  # auto, demo, smoke, mini, study or paper
     methods: Any = '',  # recipes, separated by commas; '' for the preset's
     seeds: Any = '',  # separated by commas; '' for the preset's
     data_dir: str = '',  # where the data are; '' for the usual places
@@ -448,7 +477,8 @@ def run_experiment(
     results = Path(results_dir).expanduser() if results_dir else project_root() / 'results'
     preset, configs = _prepare(name, preset, methods, seeds, data_dir, results, device, precision, values)
     why = departure(name, preset, configs, results, device, point)
-    if why and preset != 'smoke': print(f'{why}: tables and figures go to runs/generated, not to the paper')
+    if why and preset not in ('smoke', 'demo'):
+        print(f'{why}: tables and figures go to runs/generated, not to the paper')
     if any(c.dataset in _LOADERS for c in configs): _cut.cache_clear()
 
     def job(c: RunConfig) -> Job:
@@ -457,4 +487,4 @@ def run_experiment(
     records = run_sweep([job(c) for c in configs if c.method != EQUAL_BYTES], executor)
     waiting = [c for c in configs if c.method == EQUAL_BYTES]
     records += run_sweep([job(match_bytes(c, records)) for c in waiting], executor)
-    return Outcome(name, preset, records, project_root(), not why)
+    return Outcome(name, preset, records, project_root(), not why, results)

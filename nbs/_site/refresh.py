@@ -4,7 +4,7 @@
     python nbs/_site/refresh.py nbs/quant/05_quantize.ipynb   # these pages
 
 Widgets are dropped from what is kept: their ids change at every run, and without a running kernel they
-show nothing. A second run of the same pages changes no byte.
+show nothing. So are lines that say how far a run is. A second run of the same pages changes no byte.
 """
 import os
 import subprocess
@@ -28,11 +28,15 @@ def component_pages() -> list[Path]:
     return [p for p in pages() if p.name[0].isdigit()]
 
 
+def is_passing(output: nbformat.NotebookNode) -> bool:
+    "Is it a widget's view, or a line of progress?"
+    return WIDGET in output.get("data", {}) or "fedmpqkd" in output.get("metadata", {})
+
+
 def without_widgets(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    "Drop widget views, and the widgets' state."
+    "Drop widget views and lines of progress, and the widgets' state."
     for cell in nb.cells:
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if not is_passing(o)]
     nb.metadata.pop("widgets", None)
     return nb
 

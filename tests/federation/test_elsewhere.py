@@ -108,6 +108,32 @@ def test_more_steps_are_no_more_waits(device, method):
     assert waits(device, method, local_epochs=3) == waits(device, method, local_epochs=1)
 
 
+@pytest.mark.filterwarnings('ignore:.*no-op')
+def test_a_step_that_cannot_be_recorded_is_said_once_and_launched(device, monkeypatch, capsys):
+    "The driver refuses: one line for the worker, the run goes on, and its record counts no replayed step."
+    def refuse(step: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError('operation not permitted when stream is capturing\nmore about it')
+    data = load_dataset('digits').subset(train=50, test=20)
+    config = make_config('fedmpq', **FIELDS)
+    with device: whole = run_module.run(config, data, device='meta')
+    assert all(line['replayed'] > 0 for line in whole['curve'])
+    assert 'could not be recorded' not in capsys.readouterr().out
+    monkeypatch.setattr(graphs, 'capture', refuse)
+    with device: plain = run_module.run(config, data, device='meta')
+    said = capsys.readouterr().out
+    assert said.count('could not be recorded') == 1 and 'more about it' not in said
+    assert not any('replayed' in line for line in plain['curve'])
+    assert [line['steps'] for line in plain['curve']] == [line['steps'] for line in whole['curve']]
+
+
+@pytest.mark.filterwarnings('ignore:.*no-op')
+def test_the_environment_chooses_the_plain_path(device, monkeypatch):
+    monkeypatch.setenv('FEDMPQKD_GRAPHS', '0')
+    data = load_dataset('digits').subset(train=50, test=20)
+    with device: record = run_module.run(make_config('fedmpq', **FIELDS), data, device='meta')
+    assert not any('replayed' in line for line in record['curve'])
+
+
 def test_the_pretence_is_strict():
     near, far = torch.ones(3), torch.ones(3, device='meta')
     with Elsewhere() as mode:

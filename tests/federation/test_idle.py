@@ -38,6 +38,10 @@ CONTEXTS = {
     'adamw': dict(update='latent', optimizer='adamw', lr=0.01), 'iid': dict(partition='iid'),
     'quantity': dict(partition='quantity'), 'noisy': dict(label_noise=0.3),
     'dropout': dict(dropout=0.4), 'qsgd': dict(uplink='qsgd'), 'dither': dict(uplink='dither'),
+    'mixed': dict(uplink='mixed', error_feedback=True),
+    'percentiles': dict(uplink='mixed', update_share=0.0),
+    'magnitude': dict(uplink='mixed', importance='magnitude'), 'low rank': dict(uplink='low-rank'),
+    'latent updates': dict(uplink='mixed', update='latent'),
     'pq': dict(uplink='pq'), 'pq of clients': dict(uplink='pq', codebook='client'),
     'fp32 kd': KD, 'planes kd': PLANES | KD, 'mse': PLANES | KD | dict(kd_loss='mse'),
     'co-teacher': PLANES | KD | dict(teacher_frozen=False),
@@ -48,12 +52,14 @@ CONTEXTS = {
     'logits': dict(exchange='logits-only', public_images=20, train_images=0),
     'logits and model': PLANES | dict(exchange='logits+model', public_images=20),
     'server distils': dict(exchange='server-distill', public_images=20),
+    'server momentum': dict(server_rule='momentum'), 'server adam': dict(server_rule='adam'),
+    'scaffold': dict(client_term='scaffold', momentum=0), 'local norm': dict(client_term='local-norm'),
     'warm': dict(warm_start='fedavg:1', optimizer='adamw', lr=0.01),
 }
 RECORD_ONLY = {
     'method', 'extension', 'eval_images', 'stress', 'train_images', 'test_images', 'dataset', 'model',
     'precision', 'seed', 'clients', 'rounds', 'min_batch', 'warm_start', 'update', 'exchange', 'aggregate',
-    'uplink', 'partition', 'tokenizer'}
+    'uplink', 'partition', 'tokenizer', 'server_rule', 'client_term', 'task_loss'}
 OTHER = dict(
     dirichlet=0.7, label_noise=0.5, noise_clients=0.5, noise_from=1, validation=0.2, participation=0.6,
     dropout=0.7, dropout_mode='bernoulli', dropout_stage='before_download', bn_pool='moments', local_epochs=1,
@@ -64,6 +70,9 @@ OTHER = dict(
     alpha_end=0.7, temperature_schedule='cosine', temperature_end=0.5, kd_warmup_rounds=2, kd_gate='agree',
     teacher_refresh=2, teacher_frozen=False, teacher_norm='batch', update_bits=3, update_norm='max',
     error_feedback=True, pq_dim=3, pq_centroids=4, codebook='multi', public_images=10, public_epochs=2,
+    update_share=0.2, importance='random', fisher_decay=0.5, update_classes='16', update_scale='class',
+    update_ternary=True, update_rank=2,
+    server_lr=0.5, server_momentum=0.5, server_beta2=0.5, server_tau=0.1,
     logits='fp16', logits_topk=2, grid_axes=1, moshpit_iterations=1, peer_failure=0.5, hop='q8',
     text_kind='class', context=64, chat=True, option_score='sum', lm_layers=2, lora_rank=2, lora_alpha=8.0,
     lora_dropout=0.1, lora_targets='k_proj', lora_heads='lm_head')
@@ -87,7 +96,8 @@ def messages(config: RunConfig) -> str:
 
 RARE = {'prune_lsb', 'overshoot', 'compat', 'assignment'}  # act only on some networks, not on every small one
 BUDGET = {'bits'}  # of full precision: the budget of the comparison that a run belongs to
-SEEN = ('fp32', 'planes', 'latent', 'adamw', 'qsgd', 'pq', 'planes kd', 'moshpit planes')
+SEEN = ('fp32', 'planes', 'latent', 'adamw', 'qsgd', 'mixed', 'pq', 'planes kd', 'moshpit planes',
+        'server adam')
 
 
 def context(name: str) -> RunConfig: return RunConfig(**BASE | CONTEXTS[name])

@@ -1,12 +1,17 @@
 """The command line without a notebook: what it prints, where it writes, and what it refuses."""
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
+from click.testing import CliRunner, Result
 
-from fedmpqkd.__main__ import main, options
+from fedmpqkd.__main__ import cli
+from fedmpqkd.core.config import RunConfig
 
 TINY = "--preset smoke --methods fedavg --rounds 1 --clients 2 --train_images 60 --test_images 20"
 
@@ -18,35 +23,98 @@ def elsewhere(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def said(*words: str) -> Result:
+    return CliRunner().invoke(cli, list(words), prog_name="fedmpqkd")
+
+
 @pytest.mark.parametrize("command,table", [
     ("exp1", "| fedavg | 1 |"), ("exp3 --axis local_epochs --points 1", "| 1: fedavg | 1 |")])
-def test_an_experiment_prints_its_table_and_writes_its_files(command: str, table: str, capsys):
-    main([*command.split(), *TINY.split()])
-    printed = capsys.readouterr().out
-    assert table in printed
-    written = [line.removeprefix("wrote ") for line in printed.splitlines() if line.startswith("wrote ")]
+def test_an_experiment_prints_its_table_and_writes_its_files(command: str, table: str):
+    done = said(*command.split(), *TINY.split())
+    assert done.exit_code == 0 and table in done.stdout, done.output
+    written = [line.removeprefix("wrote ") for line in done.stdout.splitlines() if line.startswith("wrote ")]
     assert len(written) >= 3 and all(Path(name).stat().st_size > 0 for name in written)
     assert {Path(name).suffix for name in written} >= {".tex", ".md", ".pdf"}
+    folder = Path(done.stdout.splitlines()[-1].removeprefix("records in "))
+    assert list(folder.glob("fedavg_seed=0_*.json"))
 
 
 @pytest.mark.parametrize("command,why", [
-    ("exp1 --alhpa 1", "did you mean --alpha"), ("exp1 --axis bits", "that is exp3"), ("exp9", "exp9"),
-    ("exp3 --axis sideways", "sideways"),
-    ("exp1 --workers abc", "fedmpqkd: workers='abc' is not of type int"),
-    ("exp1 --methods", "--methods needs a value"), ("exp1 --methods --seeds 1", "--methods needs a value"),
-    ("exp1 --seeds 1 --seeds=2", "--seeds is there twice"), ("exp1 --seeds a", "fedmpqkd: seed='a'"),
-    ("exp3 --rounds x", "fedmpqkd: rounds='x'"),
+    ("exp1 --alhpa 1", "Did you mean one of: '--alpha'"), ("exp1 --axis bits", "No such option '--axis'"),
+    ("exp9", "No such command 'exp9'"),
+    ("exp3 --axis sideways", "sideways"), ("exp1 --dropout 1.5", "must be in [0, 1]"),
+    ("exp1 --workers abc", "workers='abc' is not of type int"),
+    ("exp1 --methods", "requires an argument"), ("exp1 --methods --seeds 1", "needs a value"),
+    ("exp1 --seeds 1 --seeds=2", "--seeds is there twice"), ("exp1 --seeds a", "Error: seed='a'"),
+    ("exp1 --train_images 5 --train-images 6", "--train-images is there twice"),
+    ("exp3 --rounds x", "rounds='x'"), ("exp1 --optimizer adm", "allowed are sgd, adamw"),
     ("exp1 --results_dir settings.ini --preset smoke", "settings.ini"),
     ("exp1 --preset smoke --methods fedmpq --assignment uniform", "use fedmpq-uniform"),
-    ("exp1 --preset smoke --device mps", "float64")])
+    ("exp1 --preset smoke --device mps", "float64"), ("records --results-dir nowhere", "no such folder"),
+    ("methods --plugins nowhere.py", "there is no file")])
 def test_wrong_words_end_with_a_sentence(command: str, why: str):
-    with pytest.raises(SystemExit, match=why): main(command.split())
+    done = said(*command.split())
+    assert done.exit_code != 0 and why in done.output, done.output
+    assert isinstance(done.exception, SystemExit) and not list(Path().rglob("*.json"))
 
 
-def test_help_explains_every_option(capsys):
-    main(["--help"])
-    printed = capsys.readouterr().out
-    assert all(f"--{name} " in printed for name in options())
+@pytest.mark.parametrize("name", ["exp1", "exp2", "exp3"])
+def test_help_explains_every_field(name: str):
+    "Each field but those that are computed, once, with its sentence; the published value is the default."
+    words = " ".join(said(name, "--help").output.split())
+    for f in dataclasses.fields(RunConfig):
+        if f.name in ("seed", "method", "extension"): continue
+        assert words.count(f" --{f.name.replace('_', '-')} ") == 1, f.name
+    assert "learning rate, constant [must be finite and at least 0; default 0." in words
+    assert "[sgd|adamw]" in words and "How a client trains:" in words
+
+
+def test_dashes_and_underscores_are_one():
+    done = said("exp1", *TINY.replace("_", "-").replace("fedavg", "x").split(), "--rounding-up", "stochastic")
+    assert "unknown method 'x'" in done.output, done.output
+
+
+def test_light_commands_import_nothing_heavy():
+    program = ("import sys; from fedmpqkd.__main__ import cli\n"
+               "try: cli.main(sys.argv[1:], prog_name='fedmpqkd')\n"
+               "finally: print([m for m in ('torch', 'papermill', 'pandas') if m in sys.modules])")
+    for words in (["--help"], ["--version"], ["completion", "bash"]):
+        done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.endswith("[]\n"), (words, done.stderr)
+
+
+def test_a_shell_completes_commands_options_and_choices():
+    def completed(line: str) -> list[str]:
+        *before, last = line.split(" ")
+        shell = ShellComplete(cli, {}, "fedmpqkd", "_FEDMPQKD_COMPLETE")
+        return [item.value for item in shell.get_completions(before, last)]
+
+    assert completed("exp") == ["exp1", "exp2", "exp3"]
+    assert completed("exp1 --rounding-u") == ["--rounding-up"]
+    assert completed("exp1 --rounding-up st") == ["stochastic"]
+
+
+PLUGIN = """
+from torch import nn
+from fedmpqkd.federation.methods import register_method
+from fedmpqkd.models.vision import register_model
+register_model('mine', lambda classes: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, classes)))
+register_method('fedmpq-two', base='fedmpq', bits=2)
+"""
+
+
+def test_lists_know_what_a_plugin_registers(tmp_path: Path):
+    (tmp_path / "lab.py").write_text(PLUGIN)
+    models = said("models", "--plugins", "lab.py").output
+    assert re.search(r"^mine +30,730 ", models, re.M) and re.search(r"^cnn +10,266 ", models, re.M)
+    assert re.search(r"^fedmpq-two +fedmpq +bits=2$", said("methods", "--plugins", "lab.py").output, re.M)
+    assert re.search(r"^digits +embedded +10 ", said("data").output, re.M)
+
+
+def test_records_are_listed(tmp_path: Path):
+    said("exp1", *TINY.split(), "--results-dir", "r", "--seeds", "0,1")
+    printed = said("records", "--results-dir", "r").output
+    assert re.search(r"^exp1/smoke +2  0,1 +1  digits  fedavg$", printed, re.M)
 
 
 def test_signs_that_the_terminal_lacks_do_not_lose_the_table(tmp_path: Path):

@@ -79,7 +79,8 @@ def test_no_output_path_on_a_terminal(tiny: Path):
 def test_no_output_path_in_a_pipe(tiny: Path):
     p = in_pipes([PAPERMILL, "tiny.ipynb", "-p", "alpha", "1.0", "-r", "seed", "2"], tiny.parent)
     assert p.returncode == 0, p.stderr
-    assert p.stdout == ""  # no JSON in the pipe
+    said = "alpha=1.0 seed='2'\nnotebook in runs/tiny_alpha=1.0_seed=2.ipynb\n"
+    assert p.stdout == said  # no JSON in the pipe
     assert printed(tiny.parent / "runs/tiny_alpha=1.0_seed=2.ipynb") == "alpha=1.0 seed='2'\n"
 
 
@@ -96,14 +97,49 @@ def test_named_output_is_respected(tiny: Path):
     assert (tiny.parent / "mine.ipynb").exists() and not (tiny.parent / "runs").exists()
 
 
-def test_redirection_into_a_file_gives_the_notebook(tiny: Path):
-    target = tiny.parent / "out.json"
-    with target.open("w") as f:
+def test_redirection_into_a_file_gives_words_and_the_notebook_goes_to_runs(tiny: Path):
+    log = tiny.parent / "log"
+    with log.open("w") as f:
         p = subprocess.run([PAPERMILL, "tiny.ipynb", "-p", "alpha", "2"], cwd=tiny.parent,
                            stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.PIPE, text=True)
     assert p.returncode == 0, p.stderr
-    assert printed(target) == "alpha=2 seed=0\n"
+    assert printed(tiny.parent / "runs/tiny_alpha=2.ipynb") == "alpha=2 seed=0\n"
+    assert log.read_text() == "alpha=2 seed=0\nnotebook in runs/tiny_alpha=2.ipynb\n"
+    assert "Warning" not in p.stderr and "TCP" not in p.stderr  # nothing that nobody can act on
+
+
+def test_a_dash_gives_the_notebook(tiny: Path):
+    p = in_pipes([PAPERMILL, "tiny.ipynb", "-"], tiny.parent)
+    assert json.loads(p.stdout)["cells"][-1]["outputs"][0]["text"] == ["alpha=0.5 seed=0\n"], p.stderr
     assert not (tiny.parent / "runs").exists()
+
+
+SHOWS = """
+from IPython.display import Markdown, display
+line = display(Markdown("starting"), display_id=True, metadata={"fedmpqkd": {"done": 0, "total": 2}})
+for i in (1, 2): line.update(Markdown(f"round {i}"), metadata={"fedmpqkd": {"done": i, "total": 2}})
+display(Markdown("| a | table |"))
+"""
+
+
+def test_the_terminal_hears_rounds_and_tables(tmp_path: Path):
+    write_notebook(tmp_path / "speaks.ipynb", ALPHA, SHOWS)
+    p = in_pipes([PAPERMILL, "speaks.ipynb"], tmp_path)
+    assert p.stdout == "round 1\nround 2\n\n| a | table |\nnotebook in runs/speaks.ipynb\n", p.stderr
+
+
+@pytest.mark.parametrize("body, said", [
+    ("raise ValueError('preset=7: allowed are auto')", "Error: preset=7: allowed are auto"),
+    ("1 / 0", "ZeroDivisionError")])
+def test_a_failed_run_says_why_and_leaves_the_copy_before_it(tmp_path: Path, body: str, said: str):
+    "An earlier copy of the same name stays; without one there is none."
+    write_notebook(tmp_path / "breaks.ipynb", ALPHA, body)
+    p = in_pipes([PAPERMILL, "breaks.ipynb"], tmp_path)
+    assert p.returncode == 1 and said in p.stderr and list(tmp_path.glob("runs/*")) == []
+    assert ("Traceback" in p.stderr) == ("ZeroDivision" in said)
+    (tmp_path / "runs/breaks.ipynb").write_text("of yesterday")
+    in_pipes([PAPERMILL, "breaks.ipynb"], tmp_path)
+    assert (tmp_path / "runs/breaks.ipynb").read_text() == "of yesterday"
 
 
 @pytest.mark.parametrize("content", ["nothing", "another notebook"])
@@ -117,7 +153,7 @@ def test_a_pipe_at_the_input_never_overwrites_the_notebook(tiny: Path, content: 
     p = in_pipes(["bash", "-c", command], tiny.parent, input=sent)
     assert p.returncode == 0, p.stderr
     assert tiny.read_bytes() == before
-    out = tiny.parent / ("out.json" if redirected else "runs/tiny_alpha=1.0.ipynb")
+    out = tiny.parent / "runs/tiny_alpha=1.0.ipynb"
     assert "alpha = 1.0" in injected(out) and "wrong" not in out.read_text()
 
 
@@ -183,15 +219,15 @@ OPTION = PAIR | st.sampled_from(
     [("-k", "python3"), ("--log-output",), ("--cwd", "nbs"), ("--engine=x",), ("-y", "{a: 1}")])
 
 
-@given(st.lists(OPTION, max_size=5), st.integers(0, 5), st.booleans())
-def test_papermill_reads_the_completed_command_as_meant(options: list[tuple], place: int, to_file: bool):
+@given(st.lists(OPTION, max_size=5), st.integers(0, 5))
+def test_papermill_reads_the_completed_command_as_meant(options: list[tuple], place: int):
     "papermill's own parser is the witness: notebook and options stay, an output path appears."
     def read(argv: list[str]) -> dict: return papermill_command.make_context("papermill", argv[1:]).params
     words = [w for option in [*options[:place], ("nbs/exp2.ipynb",), *options[place:]] for w in option]
     before = read([*"papermill".split(), *words, "given.ipynb"])
-    after = read(with_output(["papermill", *words], stdout_is_file=to_file))
+    after = read(with_output(["papermill", *words]))
     output = after.pop("output_path")
-    assert output == "-" if to_file else output.startswith("runs/exp2") and output.count("/") == 1
+    assert output.startswith("runs/exp2") and output.count("/") == 1
     assert after == {k: v for k, v in before.items() if k != "output_path"}
 
 
