@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['UPDATE_RULES', 'DISTILL_LOSSES', 'TASK_LOSSES', 'CLIENT_TERMS', 'AGGREGATIONS', 'SERVER_RULES', 'REGISTRIES', 'COUNT',
-           'POSITIVE', 'SHARE', 'FINITE', 'STARTS', 'ROUNDING', 'ABOVE_0', 'RULES', 'PARTS', 'REVISIONS', 'Allowed',
-           'one_of', 'interval', 'setting', 'TaskConfig', 'FederationConfig', 'TrainingConfig', 'QuantisationConfig',
-           'DistillationConfig', 'TrafficConfig', 'CodingConfig', 'LanguageConfig', 'as_list', 'as_typed',
-           'exchanges_controls', 'RunConfig', 'config_from', 'plain', 'canonical', 'Revision', 'algorithm_version',
-           'run_id']
+           'POSITIVE', 'SHARE', 'FINITE', 'STARTS', 'AUGMENTS', 'MIXING', 'ROUNDING', 'ABOVE_0', 'RULES', 'PARTS',
+           'REVISIONS', 'Allowed', 'one_of', 'interval', 'setting', 'TaskConfig', 'FederationConfig', 'TrainingConfig',
+           'is_augmentation', 'AugmentationConfig', 'QuantisationConfig', 'DistillationConfig', 'TrafficConfig',
+           'CodingConfig', 'LanguageConfig', 'as_list', 'as_typed', 'exchanges_controls', 'RunConfig', 'config_from',
+           'plain', 'canonical', 'Revision', 'algorithm_version', 'run_id']
 
 # %% ../../nbs/core/01_config.ipynb #13849d93
 import dataclasses
@@ -152,6 +152,38 @@ class TrainingConfig:
     client_term: str = setting('none', 'what a client adds to its gradients, keeps or exchanges',
                                one_of('none', 'scaffold', 'local-norm', registry=CLIENT_TERMS))
     precision: str = setting('fp32', 'of convolutions and matrix products', one_of('fp32', 'bf16'))
+
+# %% ../../nbs/core/01_config.ipynb #9b05dd25
+AUGMENTS = ('augmix', 'autoaugment-imagenet', 'autoaugment-cifar10', 'autoaugment-svhn', 'erasing',
+            'randaugment', 'trivialaugment')
+MIXING = ('mixup', 'cutmix')  # augmentations that mix labels, too
+_MIX_LAST = 'several joined by +, of which only the last may be mixup or cutmix'
+
+def is_augmentation(name: str) -> bool:
+    "Is it 'none', a name, or names joined by +?"
+    parts = name.split('+')
+    known = set(parts) <= {*AUGMENTS, *MIXING} and not set(parts[:-1]) & set(MIXING)
+    return name == 'none' or known
+
+def _can_be_chosen(names: str) -> bool:
+    "Different augmentations that do not mix labels, with / in between."
+    several = names.split('/')
+    mixed = any(part in MIXING for name in several for part in name.split('+'))
+    return all(map(is_augmentation, several)) and len(set(several)) == len(several) and not mixed
+
+# %% ../../nbs/core/01_config.ipynb #e2ef7a11
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    "What clients see."
+    augment: str = setting(
+        'none', "what follows crop and mirror of training images; 'auto' chooses among several",
+        Allowed(lambda v: v == 'auto' or is_augmentation(v),
+                f'allowed are none, auto, {", ".join((*AUGMENTS, *MIXING))}, or {_MIX_LAST}'))
+    augment_every: int = setting(
+        10, "with 'auto': rounds between choices, and before the first", POSITIVE)
+    augment_choices: str = setting(
+        '/'.join(('none', *AUGMENTS)), "with 'auto': what to choose among, with / in between",
+        Allowed(_can_be_chosen, 'must be different augmentations that do not mix labels, with / in between'))
 
 # %% ../../nbs/core/01_config.ipynb #fc425960
 ROUNDING = one_of('nearest', 'stochastic')
@@ -378,8 +410,12 @@ def _other_rules(c: 'RunConfig') -> Iterator[str]:
     if c.optimizer == 'adamw' and _own_step(c.update):
         yield f"optimizer='adamw' is for update fp32 and latent: {c.update} has a step of its own"
 
+def _choice_rules(c: 'RunConfig') -> Iterator[str]:
+    if c.augment == 'auto' and (c.aggregate == 'moshpit' or c.exchange == 'logits-only'):
+        yield "augment='auto' needs a server with a model, which measures nothing itself but adds up"
+
 RULES: tuple[Callable[['RunConfig'], Iterator[str]], ...] = (
-    _other_rules, _distillation_rules, _uplink_rules, _exchange_rules, _peer_rules)
+    _other_rules, _choice_rules, _distillation_rules, _uplink_rules, _exchange_rules, _peer_rules)
 
 # %% ../../nbs/core/01_config.ipynb #41dd65b1
 def exchanges_controls(
@@ -403,12 +439,12 @@ def _hook_rules(c: 'RunConfig') -> Iterator[str]:
 RULES = (*RULES, _hook_rules)
 
 # %% ../../nbs/core/01_config.ipynb #d09baf47
-PARTS = (TaskConfig, FederationConfig, TrainingConfig, QuantisationConfig, DistillationConfig, TrafficConfig,
-         CodingConfig, LanguageConfig)
+PARTS = (TaskConfig, FederationConfig, TrainingConfig, AugmentationConfig, QuantisationConfig,
+         DistillationConfig, TrafficConfig, CodingConfig, LanguageConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(LanguageConfig, CodingConfig, TrafficConfig, DistillationConfig, QuantisationConfig,
-                TrainingConfig, FederationConfig, TaskConfig):
+                AugmentationConfig, TrainingConfig, FederationConfig, TaskConfig):
     "Everything that can change the result of one run."
     method: str = setting('fedavg', "the recipe's name")
 

@@ -108,6 +108,7 @@ RECIPES |= {
 _IDLE: tuple[tuple[Any, tuple[str, ...]], ...] = (  # (when nothing of this is used, fields)
     (lambda c: c.partition != 'dirichlet', ('dirichlet',)),
     (lambda c: not c.dropout, ('dropout_mode', 'dropout_stage')),
+    (lambda c: c.augment != 'auto', ('augment_every', 'augment_choices')),
     (lambda c: not c.label_noise, ('noise_clients', 'noise_from')),
     (lambda c: c.optimizer == 'adamw' and (c.teacher_frozen or not c.distils), ('momentum',)),
     (lambda c: not c.distils, (

@@ -126,7 +126,7 @@ def begin(
 ) -> tuple[TrainState, list[Planes], Recorded | None]:  # a recorded step where there can be one
     "Everything that a local round trains with."
     train_state, before = prepare(replica, config, work, down, clock)
-    refused = replica.draws or None in replica.recorded.values()
+    refused = replica.draws or task.augmentation != 'none' or None in replica.recorded.values()
     if refused or not recordable(config, replica.device) or len(work.index) < config.batch_size:
         return train_state, before, None
     bits = [layer.bits for layer in train_state.rule.layers] if train_state.rule else []
@@ -149,6 +149,7 @@ def train(
     "The steps of one local round."
     index = work.index.to(replica.device)  # [n_k]
     c, g = train_state.config, torch_rng(train_state.config.seed, 'loader', work.round, work.client)
+    task = task.drawing(torch_rng(c.seed, 'augment', work.round, work.client))
     for epoch in range(c.local_epochs):
         if epoch and train_state.teacher and c.teacher_refresh == 0: train_state.teacher.load(replica.state)
         for position, *view in task.epoch(len(index), c.batch_size, g, c.min_batch):

@@ -14,6 +14,7 @@ from fedmpqkd.core.config import RunConfig, config_from
 from fedmpqkd.federation.methods import _IDLE, idle_fields, make_config, without_idle
 from fedmpqkd.federation.rounds import noise, open_run
 from fedmpqkd.federation.run import protocol_of
+from fedmpqkd.federation.selection import select
 from fedmpqkd.federation.warmstart import starting_point
 from fedmpqkd.models.vision import register_model
 
@@ -47,6 +48,7 @@ CONTEXTS = {
     'co-teacher': PLANES | KD | dict(teacher_frozen=False),
     'learning with adamw': KD | dict(update='latent', optimizer='adamw', lr=0.01, teacher_frozen=False),
     'cooling': KD | dict(temperature_schedule='linear', alpha_schedule='cosine', alpha_end=0.1),
+    'choosing': dict(augment='auto', augment_every=1, augment_choices='none/erasing/augmix'),
     'moshpit': dict(aggregate='moshpit'), 'moshpit planes': PLANES | dict(aggregate='moshpit'),
     'moshpit kd': PLANES | KD | dict(aggregate='moshpit', teacher='delivered'),
     'logits': dict(exchange='logits-only', public_images=20, train_images=0),
@@ -64,6 +66,7 @@ OTHER = dict(
     dirichlet=0.7, label_noise=0.5, noise_clients=0.5, noise_from=1, validation=0.2, participation=0.6,
     dropout=0.7, dropout_mode='bernoulli', dropout_stage='before_download', bn_pool='moments', local_epochs=1,
     batch_size=6, optimizer='adamw', lr=0.05, momentum=0.5, weight_decay=0.01, prox=0.5, label_smoothing=0.1,
+    augment='erasing', augment_every=2, augment_choices='none/erasing',
     bit_lr='plain', scale_update='fixed', bits=(5.0,), assignment='random', lambda_b=0.5, prune_threshold=5.0,
     prune_lsb=True, overshoot=True, rounding_up='stochastic', rounding_down='stochastic', act_bits=2,
     compat='official', alpha=0.2, temperature=3.0, kd_loss='reverse', teacher='ema', alpha_schedule='linear',
@@ -87,6 +90,7 @@ def messages(config: RunConfig) -> str:
     try:
         for round in range(config.rounds):
             noise(run, round)
+            select(run, round)
             protocol_of(config).play(run, round)
     finally: run.pool.close()
     for way, client, message in run.meter.tape: digest.update(f'{way}{client}'.encode() + message)
