@@ -32,6 +32,7 @@ setuptools.setup(
         "docs": cfg["docs_requirements"].split(),  # to build the site
         "paper": cfg["paper_requirements"].split(),  # pandoc, for the sections of the paper
         "lm": cfg["lm_requirements"].split(),  # tokenizers, and how near their tokens are
+        "track": cfg["track_requirements"].split(),  # programs that follow runs
         "bench": cfg["bench_requirements"].split(),  # the other framework that the speed page compares with
     },
     entry_points={
