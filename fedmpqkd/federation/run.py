@@ -224,6 +224,7 @@ def resume(
     return curve
 
 # %% ../../nbs/federation/12f_run.ipynb #fa10c418
+# long: a run from its start to its record
 def compute(
     config: RunConfig,  # what to run
     data: Any,  # a data set, cut to size
