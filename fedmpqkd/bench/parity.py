@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from .entries import Job, Workload
-from .measure import measure, read_records, write_records
+from .measure import measure, write_records
 from ..evaluate.statistics import paired_test
 
 # %% ../../nbs/bench/19d_parity.ipynb #a667ad14

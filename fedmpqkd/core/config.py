@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['UPDATE_RULES', 'DISTILL_LOSSES', 'TASK_LOSSES', 'CLIENT_TERMS', 'AGGREGATIONS', 'SERVER_RULES', 'REGISTRIES', 'COUNT',
-           'POSITIVE', 'SHARE', 'FINITE', 'STARTS', 'ROUNDING', 'ABOVE_0', 'RULES', 'PARTS', 'REVISIONS', 'Allowed',
-           'one_of', 'interval', 'setting', 'TaskConfig', 'FederationConfig', 'TrainingConfig', 'QuantisationConfig',
-           'DistillationConfig', 'TrafficConfig', 'LanguageConfig', 'as_list', 'as_typed', 'exchanges_controls',
-           'RunConfig', 'config_from', 'plain', 'canonical', 'Revision', 'algorithm_version', 'run_id']
+           'POSITIVE', 'SHARE', 'FINITE', 'STARTS', 'AUGMENTS', 'MIXING', 'ROUNDING', 'ABOVE_0', 'RULES', 'PARTS',
+           'REVISIONS', 'Allowed', 'one_of', 'interval', 'setting', 'TaskConfig', 'FederationConfig', 'TrainingConfig',
+           'is_augmentation', 'AugmentationConfig', 'QuantisationConfig', 'DistillationConfig', 'TrafficConfig',
+           'CodingConfig', 'LanguageConfig', 'as_list', 'as_typed', 'exchanges_controls', 'RunConfig', 'config_from',
+           'plain', 'canonical', 'Revision', 'algorithm_version', 'run_id']
 
 # %% ../../nbs/core/01_config.ipynb #13849d93
 import dataclasses
@@ -152,6 +153,38 @@ class TrainingConfig:
                                one_of('none', 'scaffold', 'local-norm', registry=CLIENT_TERMS))
     precision: str = setting('fp32', 'of convolutions and matrix products', one_of('fp32', 'bf16'))
 
+# %% ../../nbs/core/01_config.ipynb #9b05dd25
+AUGMENTS = ('augmix', 'autoaugment-imagenet', 'autoaugment-cifar10', 'autoaugment-svhn', 'erasing',
+            'randaugment', 'trivialaugment')
+MIXING = ('mixup', 'cutmix')  # augmentations that mix labels, too
+_MIX_LAST = 'several joined by +, of which only the last may be mixup or cutmix'
+
+def is_augmentation(name: str) -> bool:
+    "Is it 'none', a name, or names joined by +?"
+    parts = name.split('+')
+    known = set(parts) <= {*AUGMENTS, *MIXING} and not set(parts[:-1]) & set(MIXING)
+    return name == 'none' or known
+
+def _can_be_chosen(names: str) -> bool:
+    "Different augmentations that do not mix labels, with / in between."
+    several = names.split('/')
+    mixed = any(part in MIXING for name in several for part in name.split('+'))
+    return all(map(is_augmentation, several)) and len(set(several)) == len(several) and not mixed
+
+# %% ../../nbs/core/01_config.ipynb #e2ef7a11
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    "What clients see."
+    augment: str = setting(
+        'none', "what follows crop and mirror of training images; 'auto' chooses among several",
+        Allowed(lambda v: v == 'auto' or is_augmentation(v),
+                f'allowed are none, auto, {", ".join((*AUGMENTS, *MIXING))}, or {_MIX_LAST}'))
+    augment_every: int = setting(
+        10, "with 'auto': rounds between choices, and before the first", POSITIVE)
+    augment_choices: str = setting(
+        '/'.join(('none', *AUGMENTS)), "with 'auto': what to choose among, with / in between",
+        Allowed(_can_be_chosen, 'must be different augmentations that do not mix labels, with / in between'))
+
 # %% ../../nbs/core/01_config.ipynb #fc425960
 ROUNDING = one_of('nearest', 'stochastic')
 
@@ -214,7 +247,7 @@ class DistillationConfig:
 class TrafficConfig:
     "What is sent, and between whom."
     uplink: str = setting('model', 'what a client sends: its model, or its compressed update', one_of('model',
-                          'qsgd', 'dither', 'pq'))
+                          'qsgd', 'dither', 'pq', 'mixed', 'low-rank'))
     update_bits: int = setting(5, 'of an entry of a compressed update, the sign included',
                                interval('[2, 8]', '2 to 8, the sign included'))
     update_norm: str = setting('2', 'that QSGD divides by', one_of('2', 'max'))
@@ -234,6 +267,24 @@ class TrafficConfig:
     moshpit_iterations: int = setting(2, 'group averages a round', POSITIVE)
     peer_failure: float = setting(0.0, 'probability that a peer misses one of them', SHARE)
     hop: str = setting('fp32', 'precision of what peers send each other', one_of('fp32', 'q8', 'same-bits'))
+
+# %% ../../nbs/core/01_config.ipynb #87d7eaca
+@dataclass(frozen=True, kw_only=True)
+class CodingConfig:
+    "How the entries of an update share a budget of bytes."
+    update_share: float = setting(0.05, "bytes of an update with uplink='mixed', as a share of the same in "
+                                  'fp32; 0 assigns bits by percentile, at whatever length', SHARE)
+    importance: str = setting('batch-sq', 'of an entry: squared gradients of batches or of examples, in '
+                              'training or over all data, or no such thing', one_of(
+                                  'batch-sq', 'per-example', 'oracle', 'adam-v', 'magnitude', 'random'))
+    fisher_decay: float = setting(0.9, 'of the mean of squared batch gradients; 1 is the plain mean',
+                                  interval('(0, 1]'))
+    update_classes: str = setting('mixed', 'bits that an entry may have: 2, 4 and 16, or one of them',
+                                  one_of('mixed', '4', '16'))
+    update_scale: str = setting('rms', 'what a scale follows: root mean square, the largest entry of its '
+                                'class, or of its tensor', one_of('rms', 'class', 'group'))
+    update_ternary: bool = setting(False, 'five 2-bit entries in a byte instead of four')
+    update_rank: int = setting(1, "of an update with uplink='low-rank'", interval('[1, 255]'))
 
 # %% ../../nbs/core/01_config.ipynb #2fbc42a7
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +355,12 @@ def _distillation_rules(c: 'RunConfig') -> Iterator[str]:
                f'so kd_gate={c.kd_gate!r} is impossible')
 
 def _uplink_rules(c: 'RunConfig') -> Iterator[str]:
-    if c.uplink != 'model' and c.update != 'fp32':
+    if c.uplink == 'mixed' and c.importance == 'adam-v' and c.optimizer != 'adamw':
+        yield "importance='adam-v' is what optimizer='adamw' has gathered"
+    if c.uplink == 'mixed' and c.update == 'latent':
+        if c.assignment == 'prune-grow':
+            yield "assignment='prune-grow' needs quantised models from the clients: uplink='mixed' sends none"
+    elif c.uplink != 'model' and c.update != 'fp32':
         yield (f'uplink={c.uplink!r} compresses the update of a full-precision client; '
                f'{c.update} sends its quantised model')
     if c.error_feedback and c.distils and (c.teacher == 'ema' or c.teacher_refresh > 1):
@@ -354,8 +410,12 @@ def _other_rules(c: 'RunConfig') -> Iterator[str]:
     if c.optimizer == 'adamw' and _own_step(c.update):
         yield f"optimizer='adamw' is for update fp32 and latent: {c.update} has a step of its own"
 
+def _choice_rules(c: 'RunConfig') -> Iterator[str]:
+    if c.augment == 'auto' and (c.aggregate == 'moshpit' or c.exchange == 'logits-only'):
+        yield "augment='auto' needs a server with a model, which measures nothing itself but adds up"
+
 RULES: tuple[Callable[['RunConfig'], Iterator[str]], ...] = (
-    _other_rules, _distillation_rules, _uplink_rules, _exchange_rules, _peer_rules)
+    _other_rules, _choice_rules, _distillation_rules, _uplink_rules, _exchange_rules, _peer_rules)
 
 # %% ../../nbs/core/01_config.ipynb #41dd65b1
 def exchanges_controls(
@@ -379,12 +439,12 @@ def _hook_rules(c: 'RunConfig') -> Iterator[str]:
 RULES = (*RULES, _hook_rules)
 
 # %% ../../nbs/core/01_config.ipynb #d09baf47
-PARTS = (TaskConfig, FederationConfig, TrainingConfig, QuantisationConfig, DistillationConfig, TrafficConfig,
-         LanguageConfig)
+PARTS = (TaskConfig, FederationConfig, TrainingConfig, AugmentationConfig, QuantisationConfig,
+         DistillationConfig, TrafficConfig, CodingConfig, LanguageConfig)
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(LanguageConfig, TrafficConfig, DistillationConfig, QuantisationConfig, TrainingConfig,
-                FederationConfig, TaskConfig):
+class RunConfig(LanguageConfig, CodingConfig, TrafficConfig, DistillationConfig, QuantisationConfig,
+                AugmentationConfig, TrainingConfig, FederationConfig, TaskConfig):
     "Everything that can change the result of one run."
     method: str = setting('fedavg', "the recipe's name")
 

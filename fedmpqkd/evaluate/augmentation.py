@@ -168,7 +168,7 @@ def augmented_batches(
     padded = pad_images(data.train_x)
     for part in order.split(batch_size):
         dy, dx, flipped = (v[part] for v in views)
-        x = crop_flip(padded, part, dy, dx, flipped)
+        x = crop_flip(padded, part, dy, dx, flipped, (data.image[1], data.image[2]))
         y = data.train_y[part.to(data.train_y.device)]
         images, targets = augment(x, y, name, generator)
         yield normalize(images, data.mean, data.std), targets

@@ -41,6 +41,22 @@ RECIPES: dict[str, dict[str, Any]] = {
     'scaffold': dict(update='fp32', client_term='scaffold', optimizer='sgd', momentum=0.0, alpha=0.0),
     'fedbn': dict(update='fp32', client_term='local-norm', alpha=0.0)}
 
+# %% ../../nbs/federation/11_methods.ipynb #b7c2f812
+_FSTQ = dict(uplink='mixed', error_feedback=True, alpha=0.0)
+
+RECIPES |= {
+    'fedavg-fstq': dict(update='fp32', **_FSTQ, importance='batch-sq'),
+    'fedavg-fstq-paper': dict(update='fp32', uplink='mixed', importance='batch-sq', update_share=0.0,
+                              update_scale='group', error_feedback=False, alpha=0.0),
+    'fedavg-oracle': dict(update='fp32', **_FSTQ, importance='oracle'),
+    'fedavg-example': dict(update='fp32', **_FSTQ, importance='per-example'),
+    'fedavg-adam-v': dict(update='fp32', **_FSTQ, importance='adam-v', optimizer='adamw'),
+    'fedavg-magnitude': dict(update='fp32', **_FSTQ, importance='magnitude'),
+    'fedavg-topk': dict(update='fp32', **_FSTQ, importance='magnitude', update_classes='16'),
+    'fedavg-random': dict(update='fp32', **_FSTQ, importance='random'),
+    'fedavg-powersgd': dict(update='fp32', uplink='low-rank', error_feedback=True, alpha=0.0),
+    'qat-fstq': dict(**_QAT, **_FSTQ, importance='batch-sq')}
+
 # %% ../../nbs/federation/11_methods.ipynb #58f5663e
 _FEDMPQ = dict(update='signed-planes', assignment='prune-grow')
 _PLAIN = dict(bit_lr='plain', scale_update='sgd')
@@ -92,6 +108,7 @@ RECIPES |= {
 _IDLE: tuple[tuple[Any, tuple[str, ...]], ...] = (  # (when nothing of this is used, fields)
     (lambda c: c.partition != 'dirichlet', ('dirichlet',)),
     (lambda c: not c.dropout, ('dropout_mode', 'dropout_stage')),
+    (lambda c: c.augment != 'auto', ('augment_every', 'augment_choices')),
     (lambda c: not c.label_noise, ('noise_clients', 'noise_from')),
     (lambda c: c.optimizer == 'adamw' and (c.teacher_frozen or not c.distils), ('momentum',)),
     (lambda c: not c.distils, (
@@ -111,7 +128,13 @@ _IDLE: tuple[tuple[Any, tuple[str, ...]], ...] = (  # (when nothing of this is u
     (lambda c: c.assignment != 'prune-grow', ('prune_threshold', 'prune_lsb', 'overshoot', 'compat')),
     (lambda c: c.uplink == 'model', ('update_bits', 'update_norm', 'error_feedback')),
     (lambda c: c.uplink != 'qsgd', ('update_norm',)),
-    (lambda c: c.uplink == 'pq', ('update_bits',)),
+    (lambda c: c.uplink in ('pq', 'mixed', 'low-rank'), ('update_bits',)),
+    (lambda c: c.uplink != 'mixed', (
+        'update_share', 'importance', 'update_classes', 'update_scale', 'update_ternary')),
+    (lambda c: c.uplink != 'mixed' or c.importance != 'batch-sq', ('fisher_decay',)),
+    (lambda c: c.uplink == 'mixed' and not c.update_share, ('update_classes',)),
+    (lambda c: c.uplink != 'low-rank', ('update_rank',)),
+    (lambda c: c.uplink == 'mixed', ('rounding_up',)),
     (lambda c: c.uplink != 'pq', ('pq_dim', 'pq_centroids', 'codebook')),
     (lambda c: c.server_rule == 'average', ('server_lr', 'server_momentum', 'server_beta2', 'server_tau')),
     (lambda c: c.server_rule == 'momentum', ('server_beta2', 'server_tau')),

@@ -168,7 +168,8 @@ def open_run(
     "A federation before its first round."
     if start is None and config.warm_start != 'none':
         raise ValueError(f'warm_start={config.warm_start!r}: hand in what `warmstart.starting_point` returns')
-    task = task_of(data, device)
+    task = task_of(data, device).augmented('none' if config.augment == 'auto' else config.augment)
+    if config.augment == 'auto': task.augmented('randaugment')  # refuses what has no images
     check_stress(config, task)
     start = start or Start.scratch(len(task.labels))
     pool, labels = WorkerPool(config, task, device, workers), task.labels.cpu().numpy()

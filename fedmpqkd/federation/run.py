@@ -37,6 +37,7 @@ from .exchange import LOGITS_AND_MODEL, LOGITS_ONLY, SERVER_DISTILL
 from .moshpit import MOSHPIT
 from .pool import evaluate
 from .rounds import Run, noise, open_run
+from .selection import select
 from .server import deployed
 from .trials import stress_test
 from .warmstart import starting_point
@@ -98,7 +99,8 @@ def play(
     for round in range(len(curve), c.rounds if until is None else until):
         start, before = time.perf_counter(), dict(run.meter.total)
         noise(run, round)
-        line = protocol.play(run, round)
+        chosen = select(run, round)
+        line = protocol.play(run, round) | chosen
         trained = time.perf_counter()
         line |= protocol.evaluate(run, full, part, round)
         if len(run.validation): line['accuracy_validation'] = validate(run)
@@ -214,6 +216,8 @@ def resume(
     federation.server.restore(state)
     federation.meter = Meter(**state['meter'])
     federation.memories.last = state['memories']
+    if curve and 'augment' in curve[-1]:
+        federation.pool.task = federation.pool.task.augmented(curve[-1]['augment'])
     return curve
 
 # %% ../../nbs/federation/12f_run.ipynb #fa10c418

@@ -35,6 +35,7 @@ from fedmpqkd.wire.messages import (
     forms_due,
     manifest_of,
 )
+from ..wire.mixed import BUDGETED, BudgetCode, BudgetCompressor
 from ..wire.updates import Compressor, UpdateCode, starting_codebooks, update_codebooks
 
 # %% ../../nbs/federation/10_server.ipynb #f28a37d0
@@ -256,7 +257,8 @@ def answered(
     c = server.config
     if c.uplink == 'model': return dense(entries)
     coded = {n: entries[n] for n in server.layout.quantized}
-    update = Compressor(UpdateCode.of(c)).expand(coded, server.codebooks)
+    if c.uplink in BUDGETED: update = BudgetCompressor(BudgetCode.of(c)).expand(coded)
+    else: update = Compressor(UpdateCode.of(c)).expand(coded, server.codebooks)
     return {n: server.state[n] + update[n] if n in update else t for n, t in entries.items()}
 
 # %% ../../nbs/federation/10_server.ipynb #b19b535b

@@ -18,6 +18,7 @@ from ..core.config import RunConfig
 from ..core.streams import torch_rng
 from .distill import GradRatio
 from .graphs import Recorded, recordable, try_record
+from .importance import gatherer, importance_of
 from .replica import Clock, Replica, choose_teacher
 from .step import TrainState, local_step, make_optimizer
 from .task import Task
@@ -28,6 +29,7 @@ from ..quant.bits import RULES, Rule, emptied_share, lasso_moved, moved_share, r
 from ..quant.quantize import Planes, quantize
 from ..wire.format import Manifest, Message, WireError, decode, encode
 from ..wire.messages import ASSIGNMENT, CONTROL, codebook_names, control_names
+from ..wire.mixed import BUDGETED, BudgetCode, BudgetCompressor
 from ..wire.updates import Compressor, UpdateCode, dither_seeds
 
 # %% ../../nbs/learn/09e_client.ipynb #a34d0a60
@@ -111,7 +113,7 @@ def prepare(
     ratio = GradRatio(alpha) if alpha and config.alpha_schedule == 'grad-ratio' else None
     temperature = temperature_at(config, round)
     return TrainState(config, replica.task, alpha, temperature, teacher, rule, optimizer, clock, anchors,
-                      ratio, term), planes
+                      ratio, term, gatherer(config)), planes
 
 # %% ../../nbs/learn/09e_client.ipynb #958b842c
 def begin(
@@ -124,7 +126,7 @@ def begin(
 ) -> tuple[TrainState, list[Planes], Recorded | None]:  # a recorded step where there can be one
     "Everything that a local round trains with."
     train_state, before = prepare(replica, config, work, down, clock)
-    refused = replica.draws or None in replica.recorded.values()
+    refused = replica.draws or task.augmentation != 'none' or None in replica.recorded.values()
     if refused or not recordable(config, replica.device) or len(work.index) < config.batch_size:
         return train_state, before, None
     bits = [layer.bits for layer in train_state.rule.layers] if train_state.rule else []
@@ -147,6 +149,7 @@ def train(
     "The steps of one local round."
     index = work.index.to(replica.device)  # [n_k]
     c, g = train_state.config, torch_rng(train_state.config.seed, 'loader', work.round, work.client)
+    task = task.drawing(torch_rng(c.seed, 'augment', work.round, work.client))
     for epoch in range(c.local_epochs):
         if epoch and train_state.teacher and c.teacher_refresh == 0: train_state.teacher.load(replica.state)
         for position, *view in task.epoch(len(index), c.batch_size, g, c.min_batch):
@@ -189,15 +192,22 @@ def uplink_entries(
 # %% ../../nbs/learn/09e_client.ipynb #9b9ec6cf
 def update_entries(
     replica: Replica,  # after training
-    config: RunConfig,  # how updates are coded
+    train_state: TrainState,  # how updates are coded; what training has gathered
     work: ClientRound,  # names the streams; its memory is the residual of earlier rounds
     received: Message,  # what the client started from, and the server's codebooks
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:  # for the message; the new residual
     "The compressed update of the quantised layers."
-    names, c, origin = replica.layout.quantized, config, received.dense()
-    updates = {n: replica.state[n].detach().contiguous().cpu() - origin[n] for n in names}
-    books = [origin[n] for n in codebook_names(c, replica.layout)]
+    names, c, origin = replica.layout.quantized, train_state.config, received.dense()
+    rule = train_state.rule  # if there is one, its latent weights have learned
+    trained = [x.value for x in rule.layers] if rule else replica.weights
+    values = [t.detach().float().contiguous().cpu() for t in trained]
+    updates = {n: v.view_as(origin[n]) - origin[n] for n, v in zip(names, values, strict=True)}
     g = torch_rng(c.seed, 'quantiser', 2 * work.round, 2**20 + work.client)
+    if c.uplink in BUDGETED:
+        gathered = train_state.squares, train_state.optimizer, trained
+        importance = importance_of(c, replica, *gathered, work.index, work.round, work.client)
+        return BudgetCompressor(BudgetCode.of(c)).compress(updates, importance, g, work.memory)
+    books = [origin[n] for n in codebook_names(c, replica.layout)]
     seeds = dither_seeds(c.seed, work.round, work.client, len(names))
     return Compressor(UpdateCode.of(c)).compress(updates, g, seeds, books, work.memory)
 
@@ -254,7 +264,7 @@ def local_round(
             entries = uplink_entries(replica, config, after) | sent
             if config.uplink != 'model':
                 left = replace(work, memory=earlier)
-                compressed, residual = update_entries(replica, config, left, received[0])
+                compressed, residual = update_entries(replica, train_state, left, received[0])
                 entries, memory = entries | compressed, residual if config.error_feedback else memory
             message = encode(Message(0, work.round, work.client, len(work.index), entries), manifest)
         except WireError as why: return Result(None, log | dict(failed=str(why)), work.memory)

@@ -61,7 +61,9 @@ def recordable(
     if (config.client_term, config.task_loss) != ('none', 'task'): return False
     alike = config.optimizer == 'sgd' and config.teacher_frozen and config.alpha_schedule != 'grad-ratio'
     alike = alike and not config.tokenizer  # batches of text have different lengths
-    return device.type == 'cuda' and alike and config.update in ('fp32', 'signed-planes', 'latent')
+    watched = config.uplink == 'mixed' and config.importance == 'batch-sq'  # looks at every step's gradients
+    return device.type == 'cuda' and alike and not watched and config.update in (
+        'fp32', 'signed-planes', 'latent')
 
 # %% ../../nbs/learn/09d_graphs.ipynb #f1a72558
 def capture(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..core.config import RunConfig
 from .distill import GradRatio, distill_loss, gate
+from .importance import SquaredGradients
 from .replica import Clock, Replica
 from .task import Task, rows_of
 from .teacher import BatchTeacher, CoTeacher
@@ -23,7 +24,7 @@ from .terms import ClientTerm, label_loss
 from ..models.vision import Folded
 from ..quant.bits import Rule
 
-# %% ../../nbs/learn/09c_step.ipynb #3aecad1d
+# %% ../../nbs/learn/09c_step.ipynb #00cbbe0e
 # long: what a local round trains with
 def make_optimizer(
     config: RunConfig,  # which, and its rates
@@ -36,6 +37,7 @@ def make_optimizer(
     return torch.optim.SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay,
                            foreach=True)
 
+# %% ../../nbs/learn/09c_step.ipynb #3aecad1d
 @dataclass
 class TrainState:
     "What one local round trains with, besides the networks."
@@ -50,6 +52,7 @@ class TrainState:
     anchors: list[Tensor] = field(default_factory=list)  # the received parameters, for FedProx
     ratio: GradRatio | None = None  # chooses the weight in every step
     term: ClientTerm | None = None  # see the page on terms
+    squares: SquaredGradients | None = None  # gathers the importance of weights
     totals: dict[str, Any] = field(default_factory=lambda: dict(
         loss=0.0, kd=0.0, steps=0, skipped=0, replayed=0))
 
@@ -130,9 +133,11 @@ def take_step(
 ) -> None:
     "From gradients to new weights."
     rule, clock = train_state.rule, train_state.clock
+    if rule or train_state.squares:
+        gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in replica.weights]
+    if train_state.squares: train_state.squares.add(gradients)
     if rule:
-        with clock('quantise'):
-            rule.receive([torch.zeros_like(w) if w.grad is None else w.grad for w in replica.weights])
+        with clock('quantise'): rule.receive(gradients)
     with clock('optimiser'):
         train_state.optimizer.step()
         for p in (*replica.weights, *replica.others): p.grad = None

@@ -19,10 +19,10 @@ from ..data.text import IGNORED
 # %% ../../nbs/learn/09_task.ipynb #4261eee5
 def rows_of(
     logits: Tensor,  # [B, C] or [B, T, C]
-    targets: Tensor,  # [B] or [B, T]; IGNORED where there is nothing to predict
+    targets: Tensor,  # [B], [B, C] or [B, T]; IGNORED where there is nothing to predict
 ) -> tuple[Tensor, Tensor]:  # [M, C], [M]
-    "One row of logits, and one label, for every prediction."
-    if logits.dim() == 2: return logits, targets
+    "One row of logits, and one label, for every prediction; of a soft label its largest class."
+    if logits.dim() == 2: return logits, targets if targets.dim() == 1 else targets.argmax(1)
     flat, labels = logits.flatten(0, -2), targets.flatten()  # [B*T, C], [B*T]
     counts = labels != IGNORED
     return flat[counts], labels[counts]
@@ -45,6 +45,7 @@ class Task(ABC):
     metrics: tuple[str, ...] = ('accuracy', 'nll')  # keys of `score` that are averaged over clients' budgets
     headlines: tuple[str, ...] = ()  # those that a record sums up like the accuracy
     view: tuple[torch.dtype, ...] = (torch.int64,)  # types of what `epoch` yields
+    augmentation: str = 'none'  # what `batch` does besides
 
     @abstractmethod
     def network(self, config: RunConfig) -> nn.Module:
@@ -85,3 +86,12 @@ class Task(ABC):
     def relabelled(self, labels: Tensor) -> Self:
         "The same task with other labels; not every task can."
         raise ValueError(f'label_noise: the labels of {self.name} cannot be changed')
+
+    def augmented(self, name: str) -> Self:
+        "The same task under an augmentation; only images can."
+        if name == self.augmentation: return self
+        raise ValueError(f'augment={name!r} is for images, and {self.name} has none')
+
+    def drawing(self, generator: torch.Generator) -> Self:
+        "The task during one local round, whose augmentations are drawn from a generator."
+        return self

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..core.config import RunConfig
 from ..core.streams import torch_rng
+from ..data.augment import SoftLabels, augment, augmentation_steps
 from ..data.images import Dataset, crop_flip, draw_views, normalize, pad_images
 from ..evaluate.metrics import ece_from_logits, nll, per_class_accuracy
 from .task import Task
@@ -62,6 +63,7 @@ class VisionTask(Task):
     "Classify images."
     metrics, headlines = ('accuracy', 'ece', 'nll'), ('ece',)
     view = (torch.int64, torch.int64, torch.int64, torch.bool)  # position, dy, dx, flipped
+    draws: torch.Generator | None = None  # of augmentations; None: there are none
 
     def __init__(self, data: Dataset, device: str | torch.device = 'cpu'):
         self.data = data = data.to(device)
@@ -86,10 +88,14 @@ class VisionTask(Task):
         return epoch_batches(n, batch_size, generator, flip, min_batch, self.device, padding)
 
     def batch(self, index: Tensor, *view: Tensor) -> tuple[Tensor, Tensor]:
-        "Augmented, normalised images [B, C, H, W] in channels_last memory, and their labels [B]."
+        "Augmented, normalised images [B, C, H, W] in channels_last memory; labels [B], or soft ones."
         (dy, dx, flipped), (_, high, wide) = view, self.data.image
         x = crop_flip(self.padded, index, dy, dx, flipped, (high, wide))
-        return normalize(x, self.data.mean, self.data.std), self.labels[index.to(self.labels.device)]
+        y = self.labels[index.to(self.labels.device)]
+        if self.draws is not None:
+            x, soft = augment(x, y, self.augmentation, self.draws)
+            y = soft.dense(self.classes) if isinstance(soft, SoftLabels) else soft  # [B, classes] or [B]
+        return normalize(x, self.data.mean, self.data.std), y
 
     def plain(self, index: Tensor) -> tuple[Tensor, Tensor]:
         "Images neither shifted nor mirrored."
@@ -118,6 +124,22 @@ class VisionTask(Task):
         "The same images with other labels."
         twin = copy(self)
         twin.labels = labels.to(self.labels.device)
+        return twin
+
+    def augmented(self, name: str) -> Self:
+        "The same images under another augmentation."
+        if augmentation_steps(name) and (self.data.image[0] != 3 or self.data.train_x.dtype != torch.uint8):
+            found = f'{self.data.image[0]} of {self.data.train_x.dtype}'
+            raise ValueError(f'augment={name!r} is for three colours of bytes, {self.name} has {found}')
+        twin = copy(self)
+        twin.augmentation = name
+        return twin
+
+    def drawing(self, generator: torch.Generator) -> Self:
+        "The task during one local round."
+        if self.augmentation == 'none': return self
+        twin = copy(self)
+        twin.draws = generator
         return twin
 
 # %% ../../nbs/learn/09a_vision.ipynb #7a2bf137

@@ -6,7 +6,7 @@
 __all__ = ['Facts', 'NUMBER', 'COLUMNS', 'VERSUS', 'MANUSCRIPT', 'Fact', 'numbers', 'behind', 'Study', 'load_study', 'load_axis',
            'setting_facts', 'method_facts', 'work_facts', 'compared', 'verdict_text', 'pair_facts', 'table_fact',
            'aligned', 'table_facts', 'study_facts', 'axis_facts', 'count', 'verdict_facts', 'finding', 'criteria_facts',
-           'claim_facts', 'published_facts', 'audit_facts', 'deviation_facts', 'all_facts']
+           'hypothesis_facts', 'claim_facts', 'published_facts', 'audit_facts', 'deviation_facts', 'all_facts']
 
 # %% ../../nbs/report/18a_facts.ipynb #e631875c
 import json
@@ -36,6 +36,7 @@ from fedmpqkd.report.evidence import (
     table,
     to_markdown,
 )
+from .hypotheses import hypotheses
 from .readings import in_settings, planned, pre_declared
 from ..study.axes import axis_points
 from ..study.experiments import CITED, EXPERIMENTS, plan, tuned_values
@@ -449,6 +450,26 @@ def criteria_facts(studies: Sequence[Study]) -> Facts:
     return {'criteria.table': Fact('\n'.join(rows), 'criteria in all settings', files, parts),
             'criteria.sentence': Fact(said, 'criteria in all settings', files)}
 
+# %% ../../nbs/report/18a_facts.ipynb #36b2d553
+def hypothesis_facts(
+    studies: Sequence[Study],  # the first is Experiment 1
+) -> Facts:
+    "What the sources expect, and what came out."
+    main, *others = studies
+    both = [s for s in others if {'fedmpq', 'fedmpq-kd'} <= {r['config']['method'] for r in s.records}]
+    found = hypotheses((main.group, main.records), {s.name: s.records for s in both})
+    files = tuple(dict.fromkeys(f for s in (main, *both) for f in s.files('fedmpq', 'fedmpq-kd')))
+    how = 'paired by seed, Holm over all rows'
+    rows = ['| | Hypothesis | Difference | 95 % interval | n | Verdict |', '|---|---|--:|--:|--:|---|']
+    parts: dict[str, Fact] = {}
+    for r in found.itertuples():
+        numbers = dict(difference=f'{r.difference:+.2f} {r.unit}', low=f'{r.ci_low:.2f}',
+                       high=f'{r.ci_high:.2f}')
+        size = f'{numbers["difference"]} | {numbers["low"]} to {numbers["high"]}' if r.n > 1 else ' | '
+        rows.append(f'| {r.letter} | {r.hypothesis} | {size} | {r.n} | {r.verdict} |')
+        parts |= {f'{r.hypothesis}, {key}': Fact(text, how, files) for key, text in numbers.items()}
+    return {'hypotheses.table': Fact('\n'.join(rows), how, files, parts)}
+
 # %% ../../nbs/report/18a_facts.ipynb #26f1b7a5
 _QUOTED = {  # name -> the number, and the words of the manuscript
     'ablation': ('82.0', 'The -KD ablation reverts to 82.0 ± 0.4 %'),
@@ -576,5 +597,6 @@ def all_facts(
             found[f'{study.name}.{row.a}-vs-{row.b}.finding'] = finding(study, row.a, row.b)
     files = tuple(f for s in named for f in s.files())
     found['claims.unmeasured'] = Fact(_unmeasured(named), 'claims without a measurement', files)
-    if everything := [*named, *points]: found |= verdict_facts(everything) | criteria_facts(everything)
+    if everything := [*named, *points]:
+        found |= verdict_facts(everything) | criteria_facts(everything) | hypothesis_facts(everything)
     return found

@@ -198,6 +198,7 @@ def plottable(
     return sorted(found, key=lambda k: (not k.startswith('accuracy'), k))
 
 # %% ../../nbs/tools/83_widgets.ipynb #42a40a98
+# long: the drawing and who draws it
 class Curves:
     "A drawing whose points have words."
     def __init__(self, figure: Figure, frame: pd.DataFrame):
@@ -243,6 +244,7 @@ def draw_curves(
     return Curves(figure, frame)
 
 # %% ../../nbs/tools/83_widgets.ipynb #58c34913
+# long: a panel of controls
 def groups(
     results: str | Path,  # the folder
 ) -> list[str]:  # 'exp1/study'
@@ -258,9 +260,12 @@ def explorer(
     "Choose records, methods and axes; look, and export."
     import ipywidgets as w
     from IPython.display import display
-    group = w.Dropdown(options=groups(results), description='records')
-    methods, x = w.SelectMultiple(description='methods'), w.Dropdown(options=list(AXES), description='x')
-    y, button, out = w.Dropdown(description='y'), w.Button(description='Export'), w.Output()
+    def field(kind: Any, **more: Any) -> Any: return kind(layout=w.Layout(width='270px'), **more)
+
+    group = field(w.Dropdown, options=groups(results), description='records')
+    methods, y = field(w.SelectMultiple, description='methods'), field(w.Dropdown, description='y')
+    x, button = field(w.Dropdown, options=list(AXES), description='x'), w.Button(description='Export')
+    out = w.Output()
     held: dict[str, Any] = {}
 
     def load(change: Any = None) -> None:
@@ -281,7 +286,7 @@ def explorer(
     button.on_click(save)
     load()
     draw()
-    return w.VBox([w.HBox([group, methods, w.VBox([x, y, button])]), out])
+    return w.VBox([w.HBox([w.VBox([group, x, y, button]), methods]), out])
 
 # %% ../../nbs/tools/83_widgets.ipynb #5cfabdd5
 class Stopped(Exception):
@@ -345,6 +350,7 @@ class LiveRun:
         self.ending.set()
 
 # %% ../../nbs/tools/83_widgets.ipynb #1d3050c5
+# long: the figure and its buttons
 def show_live(
     lines: Sequence[RoundLine],  # rounds so far
     rounds: int,  # of the whole run

@@ -8,6 +8,7 @@ __all__ = ['ASSIGNMENT', 'CODEBOOK', 'CONTROL', 'codebook_names', 'control_names
 
 # %% ../../nbs/wire/08b_messages.ipynb #475b29a6
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..core.config import RunConfig, exchanges_controls
 from ..models.vision import Layout
 from ..quant.quantize import Planes, quantize, quantize_all
 from .format import Entry, Manifest, Message, Qsgd, WireError
+from .mixed import is_low_rank
 from .updates import BOOKS, Pq, is_product
 
 # %% ../../nbs/wire/08b_messages.ipynb #276a9876
@@ -97,20 +99,23 @@ def form_of(
     if isinstance(entry, Qsgd) and entry.bucket: text += f', buckets of {entry.bucket}'
     return text + (f', {lost} of them lost' if lost else '')
 
-# %% ../../nbs/wire/08b_messages.ipynb #302b088b
+# %% ../../nbs/wire/08b_messages.ipynb #a00d6f5f
 def _coded_form(
     config: RunConfig,  # how updates are coded
-    count: int,  # weights of a layer
+    size: Sequence[int],  # shape of a layer
 ) -> str:
     "The form of a layer's compressed update."
+    if config.uplink == 'mixed': return 'Mixed of 16 bits'
+    thin = is_low_rank(size, config.update_rank)
+    if config.uplink == 'low-rank': return 'LowRank of 16 bits' if thin else 'float16'
     if config.uplink == 'qsgd': return f'Qsgd of {config.update_bits} bits'
     if config.uplink == 'dither': return f'Dithered of {config.update_bits} bits'
-    if not is_product(count, config.pq_centroids, config.pq_dim): return 'Qsgd of 8 bits'
+    if not is_product(prod(size), config.pq_centroids, config.pq_dim): return 'Qsgd of 8 bits'
     book = dict(client='own', shared='shared', multi='one of several')[config.codebook]
     bits = config.pq_centroids.bit_length() - 1
     return f'Pq of {bits} bits, sub-vectors of {config.pq_dim}, codebook: {book}'
 
-
+# %% ../../nbs/wire/08b_messages.ipynb #302b088b
 def forms_due(
     config: RunConfig,  # the method
     shape: Layout,  # which entries are quantised
@@ -121,7 +126,7 @@ def forms_due(
     due = {n: form_of(t) for n, t in state.items()}
     due |= {CONTROL + n: 'float32' for n in control_names(config, shape)}
     if config.uplink != 'model':
-        return due | {n: _coded_form(config, d) for n, d in zip(shape.quantized, shape.sizes(), strict=True)}
+        return due | {n: _coded_form(config, shape.shapes[n]) for n in shape.quantized}
     if config.update == 'fp32': return due
     return due | {n: f'Planes of {b} bits' for n, b in zip(shape.quantized, bits, strict=True)}
 

@@ -4,9 +4,11 @@
     python nbs/_site/readme.py --check    # exit 1 and show the difference if it is not current
 
 Cells marked `#| hide` and directive lines are left out, and so is the code (not the output) of a cell
-with `#| echo: false`. What a cell shows follows it as Markdown or plain text. Links that are relative to
-nbs/ are made relative to the root.
+with `#| echo: false`. What a cell shows follows it as Markdown or plain text; a figure becomes a file in
+nbs/images, with the text of `#| fig-alt:`. Links that are relative to nbs/ are made relative to the root.
+What follows the cell END is for the page only.
 """
+import base64
 import difflib
 import re
 import sys
@@ -20,6 +22,7 @@ from traitlets.config import Config
 ROOT = Path(__file__).resolve().parents[2]
 DIRECTIVE = re.compile(r"^[ \t]*#[ \t]*\|[ \t]*(.*?)[ \t]*(?:\n|$)", re.M)
 LINK = re.compile(r"(\]\()(?![a-z]+:|[#/])([^)\s]+)")
+END = "<!-- README ends here -->"
 NOTE = "<!-- Written from nbs/index.ipynb by nbs/_site/readme.py: edit the notebook. -->\n\n"
 
 
@@ -37,10 +40,13 @@ def from_root(text: str) -> str:
     return LINK.sub(move, text)
 
 
-def shown(output: NotebookNode) -> NotebookNode:
-    "Keep the Markdown of an output, or else its plain text: GitHub runs no scripts and drops styles."
+def shown(output: NotebookNode, cell: NotebookNode) -> NotebookNode:
+    "Keep the Markdown of an output, or else its figure or its text: GitHub runs no scripts and drops styles."
     if "data" in output:
         data = output.data
+        if "image/png" in data:
+            alt = re.search(r"fig-alt:[ \t]*(.+)", cell.metadata.get("directives", ""))
+            data = {"text/markdown": f"![{alt[1] if alt else ''}](images/{cell.id}.png)"}
         markdown = {"text/markdown": from_root(data["text/markdown"])} if "text/markdown" in data else None
         output.data = NotebookNode(markdown or {"text/plain": data.get("text/plain", "")})
     return output
@@ -50,8 +56,10 @@ def code_cell(cell: NotebookNode) -> NotebookNode | None:
     "A code cell without directives and noise; None if it is hidden."
     directives = DIRECTIVE.findall(cell.source)
     if any(re.match(r"(hide|default_exp)\b", d) for d in directives): return None
+    cell.metadata["directives"] = "\n".join(directives)
     cell.source = DIRECTIVE.sub("", cell.source).strip("\n")
-    cell.outputs = [shown(o) for o in cell.outputs if o.output_type != "error" and o.get("name") != "stderr"]
+    kept = [o for o in cell.outputs if o.output_type != "error" and o.get("name") != "stderr"]
+    cell.outputs = [shown(output, cell) for output in kept]
     if any(re.match(r"echo:\s*false", d) for d in directives):
         cell.metadata["tags"] = ["no-input"]
     return cell if cell.source else None
@@ -61,6 +69,7 @@ def page(nb: NotebookNode) -> NotebookNode:
     "The notebook as a reader should see it."
     cells = []
     for cell in nb.cells:
+        if cell.source == END: break
         if cell.cell_type == "markdown": cell.source = from_root(cell.source)
         if cell.cell_type == "code": cell = code_cell(cell)
         if cell is not None and cell.cell_type != "raw": cells.append(cell)
@@ -78,20 +87,36 @@ def readme(index: Path) -> str:
     return NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def figures(index: Path) -> dict[Path, bytes]:
+    "The pictures that the README shows, by their files."
+    found = {}
+    for cell in nbformat.read(index, 4).cells:
+        if cell.source == END: break
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                found[index.parent / "images" / f"{cell.id}.png"] = base64.b64decode(output.data["image/png"])
+    return found
+
+
 def main(
     args: list[str],  # of the command
     index: Path = ROOT / "nbs" / "index.ipynb",  # read
     target: Path = ROOT / "README.md",  # written, or compared
 ) -> int:  # exit code
     "Write the README, or with --check show how it differs."
-    new = readme(index)
+    new, drawn = readme(index), figures(index)
     if "--check" not in args:
         target.write_text(new, encoding="utf-8")
+        for path, picture in drawn.items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(picture)
         return 0
     old = target.read_text(encoding="utf-8") if target.exists() else ""
     lines = difflib.unified_diff(old.splitlines(), new.splitlines(), target.name, index.name, lineterm="")
     for line in lines: print(line)
-    return int(old != new)
+    stale = [p.name for p, picture in drawn.items() if not p.exists() or p.read_bytes() != picture]
+    for name in stale: print(f"{name} is not the figure of {index.name}")
+    return int(old != new or bool(stale))
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ def stopped_run_is_taken_up(page, folder: Path) -> None:
 
 @pytest.mark.short
 def test_explore_in_jupyterlab(lab_folder):
-    "Each slider is moved and its figure changes; the explorer shows committed records; a run pauses and stops."
+    "Each slider moves its figure; the explorer shows committed records; a run pauses and stops."
     with lab(lab_folder, 'nbs/explore.ipynb') as page:
         run_all(page)
         every_slider_moves_its_figure(page)

@@ -133,3 +133,25 @@ def test_detectable_differences_are_those_of_the_tables():
     for n, expected in ((5, 1.68), (10, 1.00), (30, .529)):
         assert statistics.detectable(1.0, n) == pytest.approx(expected, abs=.006)
     assert np.isnan(statistics.detectable(1.0, 1)) and statistics.detectable(0.0, 5) == 0
+
+
+@pytest.mark.parametrize('rho, p', [(12 / 28, 0.354), (15 / 28, 0.236), (20 / 28, 0.088), (22 / 28, 0.048),
+                                    (26 / 28, 0.0067)])
+def test_exact_p_of_seven_ranks(rho, p):
+    "The table of the null distribution of Spearman's coefficient, n = 7."
+    wanted = round((1 - rho) * 7 * 48 / 6)  # sum of squared differences of ranks
+    orders = itertools.permutations(range(7))
+    order = next(o for o in orders if sum((a - b)**2 for a, b in enumerate(o)) == wanted)
+    assert statistics.spearman(list(range(7)), list(order)) == pytest.approx(rho)
+    assert statistics.spearman_test(list(range(7)), list(order)) == pytest.approx(p, abs=6e-4)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_ranks_with_ties_agree_with_scipy(seed):
+    g = np.random.default_rng(seed)
+    a, b = g.integers(0, 4, 6), g.normal(size=6)
+    assert statistics.ranks(a) == pytest.approx(stats.rankdata(a))
+    assert statistics.spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    found = stats.permutation_test((a,), lambda x: stats.spearmanr(x, b).statistic,
+                                   permutation_type='pairings', n_resamples=np.inf)
+    assert statistics.spearman_test(a, b) == pytest.approx(found.pvalue, abs=2e-3)

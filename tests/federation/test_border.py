@@ -32,7 +32,8 @@ FIELDS = dict(model='small', clients=K, rounds=1, dirichlet=5.0, batch_size=32, 
 PQ = dict(pq_centroids=4, pq_dim=2)
 METHODS = {
     'fedavg': {}, 'fedmpq': dict(lambda_b=300.0, bits=(2, 4, 8)), 'fedmpq-sr': dict(bn_pool='moments'),
-    'fedpaq': {}, 'uveqfed': {}, 'fedpq': PQ, 'fedpq-client': PQ, 'fedpq-multi': PQ}
+    'fedpaq': {}, 'uveqfed': {}, 'fedpq': PQ, 'fedpq-client': PQ, 'fedpq-multi': PQ,
+    'fedavg-fstq': dict(update_share=0.1), 'fedavg-powersgd': {}}
 
 
 def digits(): return tape.digits(72, 30)

@@ -14,6 +14,7 @@ from fedmpqkd.core.config import RunConfig, config_from
 from fedmpqkd.federation.methods import _IDLE, idle_fields, make_config, without_idle
 from fedmpqkd.federation.rounds import noise, open_run
 from fedmpqkd.federation.run import protocol_of
+from fedmpqkd.federation.selection import select
 from fedmpqkd.federation.warmstart import starting_point
 from fedmpqkd.models.vision import register_model
 
@@ -38,11 +39,16 @@ CONTEXTS = {
     'adamw': dict(update='latent', optimizer='adamw', lr=0.01), 'iid': dict(partition='iid'),
     'quantity': dict(partition='quantity'), 'noisy': dict(label_noise=0.3),
     'dropout': dict(dropout=0.4), 'qsgd': dict(uplink='qsgd'), 'dither': dict(uplink='dither'),
+    'mixed': dict(uplink='mixed', error_feedback=True),
+    'percentiles': dict(uplink='mixed', update_share=0.0),
+    'magnitude': dict(uplink='mixed', importance='magnitude'), 'low rank': dict(uplink='low-rank'),
+    'latent updates': dict(uplink='mixed', update='latent'),
     'pq': dict(uplink='pq'), 'pq of clients': dict(uplink='pq', codebook='client'),
     'fp32 kd': KD, 'planes kd': PLANES | KD, 'mse': PLANES | KD | dict(kd_loss='mse'),
     'co-teacher': PLANES | KD | dict(teacher_frozen=False),
     'learning with adamw': KD | dict(update='latent', optimizer='adamw', lr=0.01, teacher_frozen=False),
     'cooling': KD | dict(temperature_schedule='linear', alpha_schedule='cosine', alpha_end=0.1),
+    'choosing': dict(augment='auto', augment_every=1, augment_choices='none/erasing/augmix'),
     'moshpit': dict(aggregate='moshpit'), 'moshpit planes': PLANES | dict(aggregate='moshpit'),
     'moshpit kd': PLANES | KD | dict(aggregate='moshpit', teacher='delivered'),
     'logits': dict(exchange='logits-only', public_images=20, train_images=0),
@@ -60,12 +66,15 @@ OTHER = dict(
     dirichlet=0.7, label_noise=0.5, noise_clients=0.5, noise_from=1, validation=0.2, participation=0.6,
     dropout=0.7, dropout_mode='bernoulli', dropout_stage='before_download', bn_pool='moments', local_epochs=1,
     batch_size=6, optimizer='adamw', lr=0.05, momentum=0.5, weight_decay=0.01, prox=0.5, label_smoothing=0.1,
+    augment='erasing', augment_every=2, augment_choices='none/erasing',
     bit_lr='plain', scale_update='fixed', bits=(5.0,), assignment='random', lambda_b=0.5, prune_threshold=5.0,
     prune_lsb=True, overshoot=True, rounding_up='stochastic', rounding_down='stochastic', act_bits=2,
     compat='official', alpha=0.2, temperature=3.0, kd_loss='reverse', teacher='ema', alpha_schedule='linear',
     alpha_end=0.7, temperature_schedule='cosine', temperature_end=0.5, kd_warmup_rounds=2, kd_gate='agree',
     teacher_refresh=2, teacher_frozen=False, teacher_norm='batch', update_bits=3, update_norm='max',
     error_feedback=True, pq_dim=3, pq_centroids=4, codebook='multi', public_images=10, public_epochs=2,
+    update_share=0.2, importance='random', fisher_decay=0.5, update_classes='16', update_scale='class',
+    update_ternary=True, update_rank=2,
     server_lr=0.5, server_momentum=0.5, server_beta2=0.5, server_tau=0.1,
     logits='fp16', logits_topk=2, grid_axes=1, moshpit_iterations=1, peer_failure=0.5, hop='q8',
     text_kind='class', context=64, chat=True, option_score='sum', lm_layers=2, lora_rank=2, lora_alpha=8.0,
@@ -81,6 +90,7 @@ def messages(config: RunConfig) -> str:
     try:
         for round in range(config.rounds):
             noise(run, round)
+            select(run, round)
             protocol_of(config).play(run, round)
     finally: run.pool.close()
     for way, client, message in run.meter.tape: digest.update(f'{way}{client}'.encode() + message)
@@ -90,7 +100,8 @@ def messages(config: RunConfig) -> str:
 
 RARE = {'prune_lsb', 'overshoot', 'compat', 'assignment'}  # act only on some networks, not on every small one
 BUDGET = {'bits'}  # of full precision: the budget of the comparison that a run belongs to
-SEEN = ('fp32', 'planes', 'latent', 'adamw', 'qsgd', 'pq', 'planes kd', 'moshpit planes', 'server adam')
+SEEN = ('fp32', 'planes', 'latent', 'adamw', 'qsgd', 'mixed', 'pq', 'planes kd', 'moshpit planes',
+        'server adam')
 
 
 def context(name: str) -> RunConfig: return RunConfig(**BASE | CONTEXTS[name])
