@@ -39,7 +39,7 @@ from fedmpqkd.federation.methods import (
     with_code,
 )
 from ..federation.run import run
-from ..federation.watch import Progress, Sweep
+from ..federation.watch import Progress, Sweep, make_callbacks
 from ..learn.language import load_language
 from .matched import equal_bytes
 
@@ -56,7 +56,7 @@ class Experiment:
 _SMOKE = dict(dataset='digits', train_images=400, test_images=200, model='resnet8', clients=4, rounds=3,
               eval_images=0, precision='fp32', public_images=40, min_batch=8)
 _FOUR = 'fedavg,qat-uniform,fedmpq,fedmpq-kd'
-_SIX = _FOUR + ',fedmpq-kd-batch,fedmpq-kd-delivered'
+_STUDY = _FOUR + ',fedmpq-kd-delivered'
 _NINE = ('fedavg,fedmpq,fedmpq-kd,qat-uniform,fedmpq-kd-delivered,fedpaq,fedpq,'
          'fedmpq-plain,fedmpq-kd-plain')
 
@@ -68,7 +68,7 @@ EXP1 = Experiment(
          mini=dict(train_images=4000, test_images=2000, eval_images=500, rounds=20, precision='fp32',
                    public_images=400, methods=_NINE, seeds='0,1,2'),
          study=dict(model='convnet', eval_images=2000, rounds=20, precision='fp32', public_images=5000,
-                    methods=_SIX, seeds='0,1,2,3,4', min_batch=8),
+                    methods=_STUDY, seeds='0,1,2,3,4', min_batch=8),
          paper=dict(eval_images=0, methods=_NINE, seeds='0,1,2,3,4', min_batch=8)))
 
 # %% ../../nbs/study/16b_experiments.ipynb #d5716c33
@@ -266,6 +266,7 @@ class Job:
     workers: int = 0
     plugins: str = ''
     quiet: bool = False
+    callbacks: str = ''
 
 @lru_cache(maxsize=2)
 def _cut(dataset: str, data_dir: str, train: int, test: int, loader: Any) -> Dataset:
@@ -303,7 +304,8 @@ def _attempt(job: Job, sweep: Sweep | None = None) -> Record | Claimed:
         if sweep: sweep.found(c.rounds, runs=1)
         return cast(Record, done)
     progress = None if job.quiet else Progress(f'{c.method} seed {c.seed}', c.rounds, sweep)
-    try: return run(c, data, journal, job.device, job.workers, progress)
+    callbacks = make_callbacks(job.callbacks)
+    try: return run(c, data, journal, job.device, job.workers, progress, callbacks)
     except Claimed as why: return why
 
 def run_job(job: Job) -> Record | None:
@@ -405,7 +407,7 @@ def parse_fields(
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 # %% ../../nbs/study/16b_experiments.ipynb #222e77b9
-CITED = dict(exp1='mini', exp2='mini', exp3='mini')  # the scale whose records the paper and the README cite
+CITED = dict(exp1='study', exp2='mini', exp3='mini')  # the scale whose records the paper and the README cite
 
 def departure(
     name: str, preset: str,  # of the experiment
@@ -462,6 +464,7 @@ def run_experiment(
     workers: int = 0,  # threads on a CPU; 0 is one per core
     plugins: str = '',  # files of your own, separated by commas
     fields: str = '',  # any further configuration values, 'lr=0.05,...'
+    callbacks: str = '',  # who is told of rounds: tensorboard, mlflow, wandb or your own
     executor: Executor | None = None,  # who computes
     point: dict[str, Any] | None = None,  # of an axis: what is declared there, its methods too
     **values: Any,  # configuration values; None or '' means the preset's
@@ -474,6 +477,7 @@ def run_experiment(
     if (workers := as_typed('workers', int, workers)) < 0: raise ValueError(f'workers={workers}: at least 0')
     device = choose_device(device)
     values |= dict(extension=load_plugins(plugins))
+    make_callbacks(callbacks)  # an unknown name is an error before anything is computed
     results = Path(results_dir).expanduser() if results_dir else project_root() / 'results'
     preset, configs = _prepare(name, preset, methods, seeds, data_dir, results, device, precision, values)
     why = departure(name, preset, configs, results, device, point)
@@ -482,7 +486,8 @@ def run_experiment(
     if any(c.dataset in _LOADERS for c in configs): _cut.cache_clear()
 
     def job(c: RunConfig) -> Job:
-        return Job(c, str(results), f'{name}/{preset}', data_dir, device, workers, plugins)
+        group = f'{name}/{preset}'
+        return Job(c, str(results), group, data_dir, device, workers, plugins, callbacks=callbacks)
 
     records = run_sweep([job(c) for c in configs if c.method != EQUAL_BYTES], executor)
     waiting = [c for c in configs if c.method == EQUAL_BYTES]
