@@ -30,8 +30,10 @@ setuptools.setup(
     extras_require={
         "dev": cfg["dev_requirements"].split(),  # to read, run and test the notebooks
         "docs": cfg["docs_requirements"].split(),  # to build the site
+        "browser": cfg["browser_requirements"].split(),  # to test the pages in a browser
         "paper": cfg["paper_requirements"].split(),  # pandoc, for the sections of the paper
         "lm": cfg["lm_requirements"].split(),  # tokenizers, and how near their tokens are
+        "track": cfg["track_requirements"].split(),  # programs that follow runs
         "bench": cfg["bench_requirements"].split(),  # the other framework that the speed page compares with
     },
     entry_points={

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENT', 'AXIS', 'Writer', 'ABOUT', 'cli', 'TITLES', 'FieldType', 'Choice', 'run_one', 'run_along',
            'run_and_show', 'ExperimentCommand', 'Commands', 'data', 'methods', 'models', 'records', 'paper',
-           'completion', 'main']
+           'completion', 'export', 'import_', 'main']
 
 # %% ../nbs/tools/81_command.ipynb #a874df66
 import dataclasses
@@ -71,7 +71,8 @@ EXPERIMENT = dict(
     data_dir='where the data are', results_dir='where records go', device='auto, cpu, cuda, ...',
     precision='auto, fp32 or bf16', workers='threads on a CPU; 0 is one per core',
     plugins='Python files of your own, separated by commas',
-    fields='any fields in one word: lr=0.05,clients=4')
+    fields='any fields in one word: lr=0.05,clients=4',
+    callbacks='who is told of rounds: tensorboard, mlflow, wandb or your own')
 AXIS = dict(axis='which axis', points='of the axis, separated by commas')
 
 # %% ../nbs/tools/81_command.ipynb #453db4a7
@@ -254,6 +255,33 @@ def completion(shell: str) -> None:
     found = get_completion_class(shell)
     assert found
     click.echo(found(cli, {}, 'fedmpqkd', '_FEDMPQKD_COMPLETE').source())
+
+# %% ../nbs/tools/81_command.ipynb #5d99a757
+@cli.command()
+@click.argument('where')
+@click.argument('file')
+@click.option('--curves', is_flag=True, help='A row a round in place of a row a run.')
+def export(where: str, file: str, curves: bool) -> None:
+    "Records as a table: exp1/mini runs.csv, or runs.parquet."
+    from fedmpqkd.report.frames import load, save
+    print('wrote', save(load(where, curves), file))
+
+@cli.command('import')
+@click.argument('history')
+@click.option('--beside', metavar='FOLDER', help='Records to stand next to, as exp1/mini.')
+@click.option('--to', metavar='FILE', help='Where to write all rounds: .csv or .parquet.')
+def import_(history: str, beside: str | None, to: str | None) -> None:
+    "Read a history of Flower (JSON), next to records."
+    import pandas as pd
+
+    from fedmpqkd.report.frames import import_flower, load, save
+    from fedmpqkd.tools.lists import aligned
+    frames = [import_flower(history), *([load(beside, curves=True)] if beside else [])]
+    rounds = pd.concat(frames, ignore_index=True)
+    columns = [name for name in ('accuracy', 'loss') if name in frames[0]]
+    last = rounds.sort_values('round').groupby(['method', 'seed'], as_index=False)[['round', *columns]].last()
+    print(aligned(last.round(3)))
+    if to: print('wrote', save(rounds, to))
 
 # %% ../nbs/tools/81_command.ipynb #26518af5
 def main(argv: list[str] | None = None) -> None:

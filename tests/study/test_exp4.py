@@ -38,12 +38,12 @@ def test_the_notebook_from_the_command_line(tmp_path: Path):
     done = subprocess.run([program, *words], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(p.read_text()) for p in (tmp_path / 'r/exp4/smoke').glob('*.json')]
+    found = [json.loads(p.read_text()) for p in (tmp_path / 'r/exp4/smoke/pieces').glob('*.json')]
     kinds = sorted(r['kind'] for r in found)
     assert kinds == ['score'] * 5 + ['student'] + ['teacher'] * 2
     assert len({r['id'] for r in found}) == len(found)
-    assert list((tmp_path / 'r/exp4/smoke').glob('*.safetensors'))
-    work = tmp_path / 'r/exp4/smoke/_work'
+    assert list((tmp_path / 'r/exp4/smoke/pieces').glob('*.safetensors'))
+    work = tmp_path / 'r/exp4/smoke/pieces/_work'
     assert not work.exists() or not list(work.iterdir())
     assert (ROOT / 'runs/generated/exp4_smoke.md').exists()
 

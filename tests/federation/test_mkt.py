@@ -1,0 +1,155 @@
+"FedMKT end to end: its control, its selection, its bytes, and a client that lies."
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fedmpqkd.data.text import load_text
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from fedmpqkd.federation.mkt import (  # noqa: E402
+    MktConfig,
+    connect,
+    learned_from,
+    lesson,
+    moved,
+    parties,
+    party_message,
+    play_mkt,
+    whole_losses,
+)
+from fedmpqkd.learn.dualmince import message_size  # noqa: E402
+from fedmpqkd.study.mkt import plan_mkt, run_mkt  # noqa: E402
+
+FEW = dict(public=8, private=4, test=8, rounds=1)
+
+
+@pytest.fixture(scope="module")
+def facts(): return load_text(kind="class")
+
+
+def trained(party, c, rounds=15):
+    "A model that knows the public texts."
+    for round in range(rounds): learned_from(party, c, None, np.zeros(len(party.public), dtype=bool), round)
+    return party
+
+
+def test_without_weight_on_logits_fedmkt_is_its_control(facts):
+    "lambda = 1: the same steps on the same labels, so the same models, whatever was exchanged."
+    one, other = (play_mkt(facts, MktConfig(method=m, weight=1.0, **FEW)) for m in ("fedmkt", "public-ce"))
+    assert one["curve"][-1]["accuracy"] == other["curve"][-1]["accuracy"]
+    assert one["curve"][-1]["loss_private"] == other["curve"][-1]["loss_private"]
+    assert one["summary"]["bytes_up"] > 0 == other["summary"]["bytes_up"]
+
+
+def test_equal_tokenizers_move_logits_unchanged(facts):
+    c = MktConfig(**FEW)
+    (server, one, _), _ = parties(facts, c)
+    said = party_message(one, c, 0)
+    target = moved(said, connect(one, server, c))  # both learned byte-bpe:300 from the public texts
+    assert torch.equal(target.index, said.index) and torch.equal(target.values, said.values)
+    assert torch.equal(target.rest, said.rest)
+
+
+def test_losses_and_logits_are_those_of_the_whole_forward_pass(facts):
+    c = MktConfig(**FEW)
+    (_, one, _), _ = parties(facts, c)
+    said = party_message(one, c, 0, portion=3)
+    logits = one.model.causal(input_ids=one.public.ids).logits.detach()
+    rows = logits[one.public.labels != -100]
+    torch.testing.assert_close(said.values, rows.topk(16).values)
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), one.public.labels, reduction="none")
+    torch.testing.assert_close(said.losses, nll.sum(1) / one.positions)
+    inside = torch.arange(one.public.ids.shape[1] - 1) < one.public.lengths[:, None] - 1
+    every = -logits.log_softmax(-1)[:, :-1].gather(-1, one.public.ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(whole_losses(one), (every * inside).sum(1) / inside.sum(1))
+
+
+def test_a_random_client_never_teaches_a_trained_server_and_a_liar_always_does(facts):
+    c = MktConfig(lr=0.01, **FEW)
+    (server, one, two), _ = parties(facts, c)
+    trained(server, c)
+    own, lines = party_message(server, c, 0), [connect(p, server, c) for p in (one, two)]
+    honest = [party_message(p, c, 0) for p in (one, two)]
+    assert (lesson(server, own, honest, (one, two), lines, c).teacher == -1).all()
+    lies = [honest[0], dataclasses.replace(honest[1], losses=torch.full_like(honest[1].losses, 1e-4))]
+    assert (lesson(server, own, lies, (one, two), lines, c).teacher == 2).all()
+    check = dataclasses.replace(c, check=True)
+    assert (lesson(server, own, lies, (one, two), lines, check).teacher == -1).all()
+    kept = lesson(server, own, honest, (one, two), lines, check)
+    assert (kept.teacher == -1).all() and np.isfinite(honest[0].losses.numpy()).all()
+
+
+def test_honest_reports_are_believed_in_16_bits_too(facts):
+    c = MktConfig(value_bits=16, index_bits=16, check=True, **FEW)
+    (server, one, two), _ = parties(facts, c)
+    from fedmpqkd.federation.mkt import believed, sent
+    for p in (one, two):
+        message, _ = sent(party_message(p, c, 0), p, c)
+        assert np.isfinite(believed(message, p)).all()
+
+
+def test_the_official_code_learns_from_itself(facts):
+    c = MktConfig(lr=0.01, compat="official", **FEW)
+    (server, one, two), _ = parties(facts, c)
+    lines, own = [connect(p, server, c) for p in (one, two)], party_message(server, c, 0)
+    own = dataclasses.replace(own, losses=torch.full_like(own.losses, 1e-4))
+    got = lesson(server, own, [party_message(p, c, 0) for p in (one, two)], (one, two), lines, c)
+    assert got.chosen.all() and (got.teacher == 0).all() and torch.equal(got.target.values, own.values)
+    assert got.target.rest is None
+
+
+def test_bytes_are_those_of_the_messages(facts):
+    c = MktConfig(value_bits=16, index_bits=16, **FEW)
+    record = play_mkt(facts, c)
+    everybody, _ = parties(facts, c)
+    short = dict(value="fp16", index_bits=16, tail=True)
+    sizes = [message_size(p.positions.tolist(), 16, p.vocabulary, **short).total + 34 for p in everybody]
+    assert record["summary"]["bytes_down"] == 2 * sizes[0]
+    assert record["summary"]["bytes_up"] == sizes[1] + sizes[2]
+
+
+def test_equal_clients_are_averaged(facts):
+    c = MktConfig(method="fedavg", clients=("gpt-tiny/byte-bpe:300",) * 2, **FEW)
+    record = play_mkt(facts, c)
+    assert record["config"]["average"] and len(set(record["summary"]["clients"])) == 1
+
+
+def test_nobody_holds_anybody_elses_items(facts):
+    from fedmpqkd.federation.mkt import dealt
+    public, private, _ = dealt(facts, MktConfig(**FEW))
+    held = [i.prompt for part in (public, *private) for i in part]
+    assert len(held) == len(set(held)) == 16
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(top_k=300), "top_k=300: the smallest vocabulary has"),
+    (dict(clients="gpt-tiny"), "MODEL/TOKENIZER/LAYERS"),
+    (dict(public=30), "need 38 items"), (dict(context=8), "no public item is short enough"),
+])
+def test_what_cannot_work_is_refused(facts, fields, message):
+    with pytest.raises(ValueError, match=message): play_mkt(facts, MktConfig(**FEW | fields))
+
+
+def test_runs_are_found_again(tmp_path):
+    fields = dict(results_dir=str(tmp_path), public=8, private=4, test=8, rounds=1)
+    first = run_mkt("smoke", "standalone", "0", **fields)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
+    assert run_mkt("smoke", "standalone", "0", **fields) == first and len(before) == 1
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")} == before
+    assert len({c.identity for c in plan_mkt("study-a")}) == 25
+
+
+def test_one_batch_without_a_teacher_is_the_labels_alone(facts):
+    c = MktConfig(batch_size=8, **FEW)
+    (server, one, two), _ = parties(facts, c)
+    target = moved(party_message(one, c, 0), connect(one, server, c))
+    nobody = np.zeros(len(server.public), dtype=bool)
+    twins = [dataclasses.replace(server, model=copy.deepcopy(server.model)) for _ in range(2)]
+    plain = learned_from(twins[0], c, None, nobody, 0)
+    empty = learned_from(twins[1], c, target, nobody, 0)
+    assert empty == pytest.approx(0.9 * plain, rel=1e-6)
