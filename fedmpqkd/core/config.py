@@ -186,6 +186,7 @@ class AugmentationConfig:
         Allowed(_can_be_chosen, 'must be different augmentations that do not mix labels, with / in between'))
 
 # %% ../../nbs/core/01_config.ipynb #fc425960
+# long: a list of fields
 ROUNDING = one_of('nearest', 'stochastic')
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +202,7 @@ class QuantisationConfig:
         Allowed(lambda v: bool(v) and all(1 <= b <= 8 for b in v), 'must be in [1, 8]'))
     assignment: str = setting('uniform', 'bits of each layer: pruning-growing, or all alike',
                               one_of('prune-grow', 'uniform', 'random'))
+    min_bits: int = setting(1, 'fewest bits of a layer that pruning-growing may leave', interval('[1, 8]'))
     lambda_b: float = setting(0.01, 'weight of the bit regulariser', FINITE)
     prune_threshold: float = setting(2.0, 'percent of ones under which a bit plane is dropped',
                                      interval('[0, 100)', 'a percentage below 100'))
@@ -407,6 +409,8 @@ def _other_rules(c: 'RunConfig') -> Iterator[str]:
     if len(c.bits) not in (1, c.clients):
         yield f'bits has {len(c.bits)} budgets for {c.clients} clients: give one, or one per client'
     if c.tokenizer: yield from _language_rules(c)
+    if c.min_bits > min(c.bits):
+        yield f'min_bits={c.min_bits}: no layer of a budget of {min(c.bits):g} bits can have as many'
     if c.optimizer == 'adamw' and _own_step(c.update):
         yield f"optimizer='adamw' is for update fp32 and latent: {c.update} has a step of its own"
 

@@ -125,6 +125,7 @@ _IDLE: tuple[tuple[Any, tuple[str, ...]], ...] = (  # (when nothing of this is u
         'bit_lr', 'scale_update', 'assignment', 'lambda_b', 'prune_threshold', 'prune_lsb', 'overshoot',
         'rounding_up', 'rounding_down', 'compat')),
     (lambda c: c.update in ('latent', 'int-sr', 'official'), ('bit_lr', 'scale_update')),
+    (lambda c: c.assignment != 'prune-grow' or c.update == 'fp32', ('min_bits',)),
     (lambda c: c.assignment != 'prune-grow', ('prune_threshold', 'prune_lsb', 'overshoot', 'compat')),
     (lambda c: c.uplink == 'model', ('update_bits', 'update_norm', 'error_feedback')),
     (lambda c: c.uplink != 'qsgd', ('update_norm',)),

@@ -175,7 +175,8 @@ class Server(GlobalModel):  # long: a round's state in one place
         if c.assignment == 'random': return random_bits(sizes, budget, rng(c.seed, 'quantiser'))
         if c.assignment == 'uniform' or not self.mean_bits: return uniform_bits(sizes, budget)
         priority = [d * loss for d, loss in zip(sizes, self.mean_loss, strict=True)]
-        return prune_grow(self.mean_bits, priority, sizes, budget, c.overshoot, exact=c.compat == 'sound')
+        exact, least = c.compat == 'sound', c.min_bits
+        return prune_grow(self.mean_bits, priority, sizes, budget, c.overshoot, exact, least)
 
     def forms(self, client: int) -> dict[str, str]:
         "The form of every entry of a client's reply."

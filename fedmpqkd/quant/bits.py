@@ -476,16 +476,17 @@ def prune_grow(
     budget: float,  # beta: average bits a weight
     overshoot: bool = False,  # may the last bit given exceed the budget?
     exact: bool = True,  # False: the published code's floating-point arithmetic
+    least: int = 1,  # bits that every layer keeps
 ) -> list[int]:  # 1 to 8 bits a layer
     "Pruning-growing: spend a budget of bits on layers."
     if not 1 <= budget <= 8: raise ValueError(f'budget={budget}: must be in [1, 8]')
-    b = [min(max(int(n), 1), 8) for n in bits]
+    b = [min(max(int(n), least), 8) for n in bits]
     unit = list(sizes) if exact else [d / sum(sizes) for d in sizes]
     goal = as_fraction(budget) * sum(sizes) if exact else budget
     total = _total(b, unit)
 
     for layer in sorted(range(len(b)), key=lambda layer: -priority[layer]):
-        while total > goal and b[layer] > 1:
+        while total > goal and b[layer] > least:
             b[layer] -= 1
             total -= unit[layer]
     for layer in sorted(range(len(b)), key=lambda layer: priority[layer]):

@@ -75,7 +75,7 @@ OTHER = dict(
     error_feedback=True, pq_dim=3, pq_centroids=4, codebook='multi', public_images=10, public_epochs=2,
     update_share=0.2, importance='random', fisher_decay=0.5, update_classes='16', update_scale='class',
     update_ternary=True, update_rank=2,
-    server_lr=0.5, server_momentum=0.5, server_beta2=0.5, server_tau=0.1,
+    min_bits=2, server_lr=0.5, server_momentum=0.5, server_beta2=0.5, server_tau=0.1,
     logits='fp16', logits_topk=2, grid_axes=1, moshpit_iterations=1, peer_failure=0.5, hop='q8',
     text_kind='class', context=64, chat=True, option_score='sum', lm_layers=2, lora_rank=2, lora_alpha=8.0,
     lora_dropout=0.1, lora_targets='k_proj', lora_heads='lm_head')
@@ -98,7 +98,8 @@ def messages(config: RunConfig) -> str:
     return digest.hexdigest()
 
 
-RARE = {'prune_lsb', 'overshoot', 'compat', 'assignment'}  # act only on some networks, not on every small one
+# act only on some networks, not on every small one
+RARE = {'min_bits', 'prune_lsb', 'overshoot', 'compat', 'assignment'}
 BUDGET = {'bits'}  # of full precision: the budget of the comparison that a run belongs to
 SEEN = ('fp32', 'planes', 'latent', 'adamw', 'qsgd', 'mixed', 'pq', 'planes kd', 'moshpit planes',
         'server adam')
