@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['widths', 'accuracies', 'names_of', 'rule', 'seed_interval', 'verdict', 'augmentation_table', 'rules_table',
-           'carried_over', 'ledger', 'plot_study', 'reading_of', 'about', 'page_of', 'write_study']
+           'carried_over', 'ledger', 'plot_study', 'reading_of', 'about', 'page_of', 'write_study', 'stored_study']
 
 # %% ../../nbs/report/17f_lowbit.ipynb #4134aaf8
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..core.journal import write_atomic
+from ..core.journal import project_root, read_record, write_atomic
 from ..evaluate.statistics import paired_test, spearman, spearman_test
 from .claims import LOWBIT
 from .evidence import figure_pdf, to_markdown
-from ..study.lowbit_study import Piece, Study
+from ..study.lowbit_study import Piece, Study, pieces_of
 
 # %% ../../nbs/report/17f_lowbit.ipynb #2b078ff8
 def widths(study: Study) -> list[tuple[int, int]]:  # (weights, activations), the fewest bits first
@@ -55,6 +55,7 @@ def seed_interval(
     repeats: int = 2000,
 ) -> tuple[float, float]:  # low, high of rho, 95 %
     "Bootstrap over seeds."
+    if len(score) < 2: return np.nan, np.nan
     g, n = np.random.default_rng(0), accuracy.shape[1]
     drawn = [spearman(score, accuracy[:, g.integers(n, size=n)].mean(1)) for _ in range(repeats)]
     low, high = np.nanquantile(drawn, [0.025, 0.975])
@@ -71,11 +72,12 @@ def verdict(
     table, values = accuracy.loc[own].to_numpy(), [scores[a] for a in own]
     mean = accuracy.mean(axis=1)
     chosen, best = min(accuracy.index, key=lambda a: scores[a]), str(mean.idxmax())
-    row: dict[str, Any] = dict(rho=spearman(values, table.mean(1)), n=len(own))
-    row['p'] = spearman_test(values, table.mean(1))
+    row: dict[str, Any] = dict(rho=np.nan, n=len(own), p=np.nan, rho_all=np.nan)
+    if len(own) > 1: row |= dict(rho=spearman(values, table.mean(1)))
+    if 1 < len(own) < 10: row |= dict(p=spearman_test(values, table.mean(1)))
     low, high = seed_interval(values, table)
-    everything = spearman([scores[a] for a in accuracy.index], mean)
-    row |= dict(low=low, high=high, rho_all=everything, chosen=chosen, best=best,
+    if len(accuracy) > 1: row['rho_all'] = spearman([scores[a] for a in accuracy.index], mean)
+    row |= dict(low=low, high=high, chosen=chosen, best=best,
                 regret=float(mean[best] - mean[chosen]), seeds=accuracy.shape[1])
     if 'none' not in accuracy.index or chosen == 'none': return row | dict(gain=0.0, gain_sd=0.0, gain_p=1.0)
     gain = (accuracy.loc[chosen] - accuracy.loc['none']).to_numpy()
@@ -123,7 +125,8 @@ def carried_over(study: Study) -> pd.DataFrame:
         same = [a for a in first if a in scores]
         row: dict[str, Any] = {'M of': name, 'teacher %': np.nan}
         if record := study.teachers.get(name): row['teacher %'] = record['summary']['accuracy']
-        row['rho with own M'] = spearman([first[a] for a in same], [scores[a] for a in same])
+        if len(same) > 1:
+            row['rho with own M'] = spearman([first[a] for a in same], [scores[a] for a in same])
         for bits in widths(study):
             frame = accuracies(study, bits)
             if frame.shape[1]: row[f'rho {_wide(bits)}'] = verdict(scores, frame)['rho']
@@ -148,7 +151,7 @@ def ledger(study: Study) -> pd.DataFrame:
         once = study.others.get('one pass', study.scores)
         first, second = rule(once), rule(twice)
         names = list(first)
-        rho = spearman([first[a] for a in names], [second[a] for a in names])
+        rho = spearman([first[a] for a in names], [second[a] for a in names]) if len(names) > 1 else np.nan
         rows.append({'claim': 'passes over the images', 'paper': 'two',
                      'measured': f'rho of M in one pass and in two: {rho:.3f}'})
     return pd.DataFrame(rows)
@@ -175,6 +178,7 @@ def reading_of(study: Study) -> str:
     said = []
     for r in rules_table(study).to_dict('records'):
         name = 'M' if r['rule'] == 'M' else 'The variance rule'
+        if np.isnan(r['p']): continue
         sure = 'no more than chance would' if r['p'] >= 0.05 else 'more than chance would'
         way = 'as claimed' if r['rho'] < 0 else 'against the claim'
         said.append(f"{r['students']}: {name} correlates with accuracy at rho = {r['rho']:.3f} "
@@ -211,3 +215,21 @@ def write_study(study: Study) -> list[Path]:
     files = {'.md': page_of(study).encode(), '.pdf': figure}
     name = 'exp4' if study.preset in ('study', 'paper') else f'exp4_{study.preset}'
     return [write_atomic(study.generated / f'{name}{ending}', content) for ending, content in files.items()]
+
+# %% ../../nbs/report/17f_lowbit.ipynb #b5d60fdb
+def stored_study(
+    preset: str,  # scale
+    results: Path | None = None,  # results folder; None for the project's
+) -> Study:
+    "What has been recorded of a study so far."
+    root, pieces = project_root(), pieces_of(preset)
+    folder = (results or root / 'results') / 'exp4' / preset / 'pieces'
+    found = [read_record(p) for p in sorted(folder.glob('*.json'))]
+    own = [r for r in found if r['kind'] == 'teacher' and r['recipe']['model'] == pieces.teacher.model]
+    if not own: raise ValueError(f'{folder}: there is no teacher yet')
+    order = [s.augment for s in pieces.scores]
+    scores = [r for r in found if r['kind'] == 'score' and r['teacher'] == own[0]['digest']
+              and pieces.score_images in (0, r['data']['train']) and r['recipe']['passes'] == 1]
+    scores.sort(key=lambda r: order.index(r['recipe']['augment']))
+    students = [r for r in found if r['kind'] == 'student']
+    return Study(preset, own[0], scores, students, {}, {}, root, False)

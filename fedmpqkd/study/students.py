@@ -102,7 +102,8 @@ class ScoreRecipe(Recipe):
     passes: int = setting(1, '2 draws again for the prototypes', interval('[1, 2]', '1 or 2'))
     views: int = setting(1, 'augmented copies of each image', POSITIVE)
     repeats: int = setting(100, 'bootstrap replicates; 0 for augmentations that mix labels', COUNT)
-    spread_epochs: int = setting(10, 'epochs of the variance rule; 0 leaves it out', COUNT)
+    spread_epochs: int = setting(10, 'epochs of the variance rule; 0 leaves it out', Allowed(
+        lambda v: v == 0 or v >= 2, 'must be 0 or at least 2'))
     precision: str = setting('fp32', "of the teacher's convolutions and matrix products", PRECISION)
 
 # %% ../../nbs/study/16f_students.ipynb #2ea31370

@@ -27,11 +27,11 @@ from fedmpqkd.study.students import (
 )
 
 TINY = dict(train_images=120, test_images=60, teacher_epochs=1, images=64, others='', kept='',
-            spread_epochs=1, repeats=5, augments='none,erasing,augmix')
+            spread_epochs=0, repeats=5, augments='none,erasing,augmix')
 
 
 def test_the_notebook_from_the_command_line(tmp_path: Path):
-    fields = 'train_images=120,test_images=60,teacher_epochs=1,images=64,spread_epochs=1,others=cnn,kept=1'
+    fields = 'train_images=120,test_images=60,teacher_epochs=1,images=64,spread_epochs=2,others=cnn,kept=1'
     words = [str(ROOT / 'nbs/exp4.ipynb'), '-p', 'preset', 'smoke', '-p', 'seeds', '0', '-p', 'augments',
              'none', '-p', 'results_dir', str(tmp_path / 'r'), '-p', 'fields', fields]
     program = str(Path(sys.executable).with_name('papermill'))
@@ -117,7 +117,8 @@ def test_folding_and_bf16_change_a_teacher_little():
     (dict(augments='none,blur'), "unknown augmentation 'blur'"), (dict(bits='0'), 'must be 1 to 8'),
     (dict(bits='2,9'), 'weight_bits=9'), (dict(gama=1), "did you mean 'gamma'"),
     (dict(quantizer='pact'), 'allowed are lsq, ewgs, dorefa'), (dict(augments='none,none'), 'one twice'),
-    (dict(temperature=0), 'above 0'), (dict(epochs='many'), 'epochs')])
+    (dict(temperature=0), 'above 0'),
+    (dict(spread_epochs=1), '0 or at least 2'), (dict(epochs='many'), 'epochs')])
 def test_what_is_wrong_is_said_before_anything_is_computed(given, words):
     with pytest.raises(ValueError, match=words): pieces_of('smoke', **given)
 
