@@ -75,6 +75,11 @@ per_class            | % | accuracy of the deployed model by class, last round
 per_class_deployed   | % | the same of each budget
 nll                  | nat | negative log-likelihood of the deployed model
 ece                  | share | expected calibration error, 15 bins
+perplexity           | | of the test text's tokens, exp(nll)
+bits_per_byte        | bit | cross-entropy of the test text over its bytes
+accuracy_token       | % | of options compared by likelihood per token
+accuracy_byte        | % | the same per byte
+accuracy_sum         | % | the same in sum
 diverged             | | true where a model's outputs were not finite
 samples              | | test samples of this round's evaluation
 images               | | the same, in records of before the task interface
@@ -110,6 +115,8 @@ best_validation_round | | the round of it
 accuracy_best_validation | % | test accuracy in that round
 dispersion            | % | accuracy over clients: mean, std, weighted, worst tenth
 ece                   | share | last five rounds
+perplexity            | | of text, last five rounds
+bits_per_byte         | bit | of text, last five rounds
 nll                   | nat | last five rounds
 bytes_down            | B | of the whole run, warm start included
 bytes_up              | B | of the whole run, warm start included
