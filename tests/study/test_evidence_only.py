@@ -126,8 +126,8 @@ def test_names_stay_in_their_folder(name: str, tmp_path: Path):
 DEVICE, RESULTS = "cpu", ROOT / "results"
 
 
-def departs(preset="mini", results=RESULTS, **changed):
-    tuned = E.tuned_values(RESULTS, "exp1", "mini")
+def departs(preset="study", results=RESULTS, **changed):
+    tuned = E.tuned_values(RESULTS, "exp1", preset)
     configs = E.plan(E.EXP1, preset, tuned=tuned, **dict(precision="fp32") | changed)
     return E.departure("exp1", preset, configs, results, DEVICE)
 
@@ -135,7 +135,7 @@ def departs(preset="mini", results=RESULTS, **changed):
 def test_only_the_whole_declared_preset_is_evidence(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert departs() == "" and departs(alpha=0.5, bits="4", rounds="20") == ""
-    assert "not study" in departs("study") and "not smoke" in departs("smoke")
+    assert "not mini" in departs("mini") and "not smoke" in departs("smoke")
     assert str(tmp_path) in departs(results=tmp_path)
     assert "methods or seeds" in departs(methods="fedavg") and "methods or seeds" in departs(seeds="0,1")
     assert "(rounds)" in departs(rounds=1) and "(lr)" in departs(lr=0.0123)
@@ -259,5 +259,5 @@ def test_a_damaged_record_names_itself_in_one_line(tmp_path: Path):
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record)[:-9])
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("fedmpqkd: ") and path.name in done.stderr
+    assert done.returncode == 1 and done.stderr.startswith("Error: ") and path.name in done.stderr
     assert done.stderr.count("\n") == 1
