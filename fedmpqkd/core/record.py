@@ -76,6 +76,9 @@ per_class_deployed   | % | the same of each budget
 nll                  | nat | negative log-likelihood of the deployed model
 ece                  | share | expected calibration error, 15 bins
 perplexity           | | of the test text's tokens, exp(nll)
+augment              | | the augmentation of this round, where the federation chooses one
+augment_scores       | | augmentation -> the score by which it is chosen
+augment_clients      | | clients whose sums the scores are made of
 bits_per_byte        | bit | cross-entropy of the test text over its bytes
 accuracy_token       | % | of options compared by likelihood per token
 accuracy_byte        | % | the same per byte
