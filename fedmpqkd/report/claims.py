@@ -54,6 +54,7 @@ def is_the_papers_task(
     experiment: str,  # 'exp1', ...
 ) -> bool:  # CIFAR-100 with its coarse classes counts as CIFAR-100
     "Are these runs about the data that the paper reports on?"
+    if experiment not in EXPERIMENTS: return False
     data = str(EXPERIMENTS[experiment].fields['dataset'])
     names = {str(r['config']['dataset']).removesuffix('-coarse') for r in records}
     return experiment in PAPER and names == {data}
