@@ -92,10 +92,7 @@ bytes_up             | B | of all messages from clients
 phases               | s | data, teacher, student, optimiser, quantise, wire, ...: sums over clients
 seconds              | s | wall clock of the round
 seconds_training     | s | the same without evaluation
-augment              | | augmentation of the round, where the federation chooses it
-augment_clients      | | clients whose sums were heard
 augment_refused      | | client -> why its sums were refused
-augment_scores       | | augmentation -> M, in the rounds in which it is chosen
 leakage              | | true where clients may hold the public images themselves, labels included
 digest               | nat | mean loss of learning from the others' logits on public images
 peer_accuracy_mean   | % | mean over peers, without a server
