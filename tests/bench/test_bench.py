@@ -73,7 +73,8 @@ def answer(job: Job) -> dict:
     machine = dict(device="abacus", cores=2, capability="beads", bf16=False, torch="0")
     return dict(
         seconds=[2.0] * n, images=[100] * n, steps=[4] * n, flops=[1e9] * n, evaluations=1, failed=0,
-        peak_gflops=1.0, startup_s=1.0, peak_memory_mib=500.0, processes=1, environment=machine)
+        peak_gflops=1.0, accuracy=[50.0] * n, startup_s=1.0, peak_memory_mib=500.0, processes=1,
+        environment=machine)
 
 
 # --- the same work ---------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ def test_bare_loop_computes_what_we_compute(workload: Workload):
 @pytest.mark.parametrize("name", sorted(WORKLOADS))
 def test_flowers_clients_hold_all_images(name: str):
     "The peers' loaders deal out each training image exactly once."
-    w = replace(WORKLOADS[name], images=1000, test_images=10)
+    w = replace(WORKLOADS[name], source="synthetic", images=1000, test_images=10)
     labels = torch.cat([bench_entries.client_loader(w, k).dataset.tensors[1] for k in range(w.clients)])
     assert len(labels) == 1000
     assert Counter(labels.tolist()) == Counter(bench_entries.load_images(w).train_y.tolist())

@@ -229,7 +229,7 @@ def test_channel_stats_are_numpys():
 @pytest.mark.parametrize(
     'change, message',
     [
-        (dict(train_x=noise(4).float()), 'train images must be uint8'),
+        (dict(train_x=noise(4).float()), 'training and test images differ'),
         (dict(test_x=noise(2)[:, :, :28, :28]), 'test images'),
         (dict(train_y=torch.arange(4).int()), 'train labels must be int64'),
         (dict(test_y=torch.arange(3)), r'int64 \[2\]'),

@@ -89,7 +89,7 @@ def test_a_shell_completes_commands_options_and_choices():
         shell = ShellComplete(cli, {}, "fedmpqkd", "_FEDMPQKD_COMPLETE")
         return [item.value for item in shell.get_completions(before, last)]
 
-    assert completed("exp") == ["exp1", "exp2", "exp3"]
+    assert completed("exp") == ["exp1", "exp2", "exp3", "export"]
     assert completed("exp1 --rounding-u") == ["--rounding-up"]
     assert completed("exp1 --rounding-up st") == ["stochastic"]
 
