@@ -159,8 +159,9 @@ def holm(
 # %% ../../nbs/evaluate/13b_statistics.ipynb #c97c3bc5
 def ranks(values: Sequence[float] | np.ndarray) -> np.ndarray:
     "Ranks from 1; equal values share their mean."
-    v = _samples(values, 'values')
-    return np.array([(v < x).sum() + ((v == x).sum() + 1) / 2 for x in v])
+    from scipy import stats
+
+    return np.asarray(stats.rankdata(_samples(values, 'values')))
 
 
 def spearman(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> float:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.config import REGISTRIES, RunConfig, as_typed, config_from
+from ..core.config import AVERAGES, REGISTRIES, RunConfig, as_typed, config_from
 from ..core.usercode import code_of
 from ..models.vision import _MODELS, BUILT_IN
 
@@ -193,8 +193,6 @@ def check_wishes(
                          f'leave it out, or {hint}')
 
 # %% ../../nbs/federation/11_methods.ipynb #db353e0a
-_AVERAGES = ('samples', 'uniform', 'moshpit')  # of the project: they cannot be registered again
-
 def with_code(
     config: RunConfig,  # a run
 ) -> RunConfig:  # the same run; its identity follows the registered code that it uses
@@ -204,7 +202,7 @@ def with_code(
     for field, registry in REGISTRIES.items():
         made = registry.get(getattr(config, field)) if field != 'kd_loss' or config.distils else None
         parts = (made.start, made.weight) if field == 'aggregate' and made else (made,)
-        if field == 'aggregate' and config.aggregate in _AVERAGES: continue
+        if field == 'aggregate' and config.aggregate in AVERAGES: continue
         used[field] = ''.join(map(code_of, parts))
     others = [part for part in config.extension.split('+') if part and part.partition(':')[0] not in used]
     extension = '+'.join([*others, *(f'{name}:{code}' for name, code in used.items() if code)])

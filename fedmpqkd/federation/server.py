@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.config import AGGREGATIONS, RunConfig
+from ..core.config import AGGREGATIONS, AVERAGES, RunConfig
 from ..core.streams import rng, torch_rng
 from .serverrules import server_step
 from ..learn.teacher import alpha_at, refreshed
@@ -93,15 +93,13 @@ AGGREGATIONS.update({  # made where configurations are checked: a new name is al
     'moshpit': Aggregation(float)})  # between peers; the mean over all of them is for the record
 
 # %% ../../nbs/federation/10_server.ipynb #86177271
-_OWN = frozenset(AGGREGATIONS)
-
 def register_aggregation(
     name: str,  # for the field `aggregate`
     start: Callable[[str], Average] = Average,  # makes what takes a round's replies in
     weight: Callable[[int], float] = float,  # of a client with n_k images
 ) -> None:
     "Add a way to average; registering a name again replaces it."
-    if name in _OWN: raise ValueError(f'{name!r} is a way of the project: choose another name')
+    if name in AVERAGES: raise ValueError(f'{name!r} is a way of the project: choose another name')
     AGGREGATIONS[name] = Aggregation(weight, start)
 
 # %% ../../nbs/federation/10_server.ipynb #b722f0f5

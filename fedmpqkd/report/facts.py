@@ -106,20 +106,18 @@ def load_study(
 
 def load_small(
     results: Path,  # results folder
-    preset: str,  # the scale of everything; '' for the scales that are cited
 ) -> list[Study]:  # 'exp1-mini'; empty where that is the scale that is cited, or was not run
     "Experiment 1 with a tenth of the images, next to the scale that is cited."
-    if preset or CITED['exp1'] == 'mini': return []
+    if CITED['exp1'] == 'mini': return []
     study = replace(load_study(results, 'exp1', 'mini'), name='exp1-mini')
     return [study] if study.records else []
 
 def load_axis(
     results: Path,  # results folder
     axis: str,  # its name
-    preset: str = '',  # '' for the scale that is cited
 ) -> list[Study]:  # one for each point that was run, 'start.public-4'
-    "The runs of the third experiment along an axis."
-    preset = preset or CITED['exp3']
+    "The runs of the third experiment along an axis, at the scale that is cited."
+    preset = CITED['exp3']
     found, experiment = load_records(results, 'exp3', preset), EXPERIMENTS['exp3']
     tuned, studies = tuned_values(results, experiment.tuned_by, preset), []
     for label, values in axis_points(axis, preset).items():
@@ -267,7 +265,7 @@ def pair_facts(study: Study) -> Facts:
             n=str(row.n), difference=f'{row.difference:+.2f}',
             interval=f'{row.ci_low:.2f} to {row.ci_high:.2f}',
             p=f'{row.p:.2g}', p_holm=f'{row.p_holm:.2g}', sign_flip=f'{row.sign_flip_p:.2g}',
-            resolved=f'{half:.1f}', detectable=f'{row.detectable:.1f}', verdict=verdict_text(row))
+            resolved=f'{half:.1f}', verdict=verdict_text(row))
         decided = row.verdict if row.verdict in ('undecided', 'equivalent') else 'decided'
         said['brief'] = f'{said["difference"]} points ({said["interval"]}; {decided})'
         said['sentence'] = (f'{said["difference"]} points (95 % interval {said["interval"]}, n = {row.n}, '
@@ -600,13 +598,12 @@ def deviation_facts(
 # %% ../../nbs/report/18a_facts.ipynb #7d832878
 def all_facts(
     root: Path,  # the repository
-    preset: str = '',  # '' for the scales that are cited
 ) -> Facts:
     "Everything that the paper may print."
     results = root / 'results'
-    named = [s for s in (load_study(results, n, preset) for n in ('exp1', 'exp2')) if s.records]
-    named += load_small(results, preset)
-    axes = {axis: load_axis(results, axis, preset) for axis in ('start', 'statistics')}
+    named = [s for s in (load_study(results, n) for n in ('exp1', 'exp2')) if s.records]
+    named += load_small(results)
+    axes = {axis: load_axis(results, axis) for axis in ('start', 'statistics')}
     points = list({s.files(): s for found in axes.values() for s in found}.values())
     found = claim_facts() | published_facts() | audit_facts() | deviation_facts(root)
     for study in named: found |= study_facts(study)

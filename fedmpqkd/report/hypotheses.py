@@ -16,29 +16,15 @@ import pandas as pd
 from ..core.record import Record
 from ..evaluate.statistics import equivalence_test, holm, paired_test
 from .evidence import MARGIN
+from .readings import gain, growth, mean_lead, more_bytes, more_time
 
 # %% ../../nbs/report/17e_hypotheses.ipynb #df697155
-# long: quantities of a pair of runs, one line each
 Quantity = Callable[[Record, Record], float]
-
-def _gain(a: Record, b: Record) -> float:
-    "Points of accuracy, last five rounds."
-    return float(a['summary']['accuracy'] - b['summary']['accuracy'])
 
 def _faster(a: Record, b: Record) -> float:
     "Points of accuracy, mean over all rounds: the area between two curves."
     x, y = ([line['accuracy'] for line in r['curve']] for r in (a, b))
-    return float(sum(x) / len(x) - sum(y) / len(y))
-
-def _more_time(a: Record, b: Record) -> float:
-    "Percent more time for the median round."
-    x, y = (pd.Series([line['seconds_training'] for line in r['curve']]).median() for r in (a, b))
-    return float(100 * (x / y - 1))
-
-def _more_bytes(a: Record, b: Record) -> float:
-    "Percent more bytes, both directions together."
-    x, y = (r['summary']['bytes_down'] + r['summary']['bytes_up'] for r in (a, b))
-    return float(100 * (x / y - 1))
+    return mean_lead(x, y)
 
 # %% ../../nbs/report/17e_hypotheses.ipynb #9c3d8ea4
 @dataclass(frozen=True)
@@ -53,12 +39,12 @@ class Hypothesis:
 
 FREE = 'fedmpq-kd-delivered'  # its teacher is downloaded in any case
 HYPOTHESES = (
-    Hypothesis('a', 'raises final accuracy', _gain, 'points'),
+    Hypothesis('a', 'raises final accuracy', gain, 'points'),
     Hypothesis('a', 'speeds up convergence (mean over rounds)', _faster, 'points'),
-    Hypothesis('b', 'takes at most 10 % more time', _more_time, '%', at_most=10),
-    Hypothesis('b', 'sends no more bytes', _more_bytes, '%', at_most=1),
-    Hypothesis('a', 'raises final accuracy, teacher: the received model', _gain, 'points', FREE),
-    Hypothesis('b', 'sends no more bytes, teacher: the received model', _more_bytes, '%', FREE, 1))
+    Hypothesis('b', 'takes at most 10 % more time', more_time, '%', at_most=10),
+    Hypothesis('b', 'sends no more bytes', more_bytes, '%', at_most=1),
+    Hypothesis('a', 'raises final accuracy, teacher: the received model', gain, 'points', FREE),
+    Hypothesis('b', 'sends no more bytes, teacher: the received model', more_bytes, '%', FREE, 1))
 
 # %% ../../nbs/report/17e_hypotheses.ipynb #20129f83
 def _decide(row: Mapping[str, Any], at_most: float) -> str:
@@ -86,6 +72,19 @@ def _row(hypothesis: Hypothesis, scale: str, records: Sequence[Record]) -> dict[
     row |= {key: tested[key] for key in ('difference', 'ci_low', 'ci_high', 'p')}
     return row | dict(equivalence=equivalence_test(values, zero, MARGIN))
 
+# %% ../../nbs/report/17e_hypotheses.ipynb #b092ccfc
+def _growth_row(records: Sequence[Record], method: str = 'fedmpq-kd') -> dict[str, Any]:
+    "Does what a round sends grow like the logarithm of the clients?"
+    own = [r for r in records if r['config']['method'] == method]
+    lines = {r['config']['clients']: r['curve'][-1] for r in own}
+    sent = {clients: float(line['bytes_down'] + line['bytes_up']) for clients, line in lines.items()}
+    row = dict.fromkeys(('difference', 'ci_low', 'ci_high', 'p', 'equivalence'), math.nan) | dict(
+        letter='d', hypothesis='bytes grow like the logarithm of the clients', unit='', at_most=0.0, n=0,
+        scale=f'{len(sent)} numbers of clients')
+    if len(sent) < 4: return row
+    best = growth(list(sent), list(sent.values()))['best']
+    return row | dict(verdict='pass' if best == 'logarithmic' else f'fail ({best})')
+
 # %% ../../nbs/report/17e_hypotheses.ipynb #108b099d
 COLUMNS = ['letter', 'hypothesis', 'scale', 'difference', 'unit', 'ci_low', 'ci_high', 'n', 'p_holm',
            'verdict']
@@ -97,12 +96,13 @@ def hypotheses(
     "What the records say about every hypothesis."
     rows = [_row(h, *main) for h in HYPOTHESES]
     for name, records in (others or {}).items():
-        rows.append(_row(Hypothesis('c', f'the gain holds: {name}', _gain, 'points'), name, records))
+        rows.append(_row(Hypothesis('c', f'the gain holds: {name}', gain, 'points'), name, records))
+    rows.append(_growth_row([r for some in (main[1], *(others or {}).values()) for r in some]))
     family = [row for row in rows if math.isnan(row['at_most'])]
     for key in ('p', 'equivalence'):
         for row, p in zip(family, holm([row[key] for row in family]), strict=True):
             row['p_holm' if key == 'p' else key] = p
-    for row in rows: row['verdict'] = _decide(row, row['at_most'])
+    for row in rows: row.setdefault('verdict', _decide(row, row['at_most']))
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
 # %% ../../nbs/report/17e_hypotheses.ipynb #a03845d8

@@ -133,25 +133,23 @@ def trace(
 # %% ../../nbs/report/18_paper.ipynb #6daecb98
 def generated(
     root: Path,  # the repository
-    preset: str = '',  # of the records; '' for the scales that are cited
 ) -> dict[str, bytes]:  # path below paper/ -> content
     "Everything that the paper takes in."
-    latex = sections(root, all_facts(root, preset))
+    latex = sections(root, all_facts(root))
     note = '% Written from paper/sections by fedmpqkd.report.paper: do not edit\n'
     files = {f'generated/sections/{name}.tex': f'{note}{text}\n'.encode() for name, text in latex.items()}
     shown = {name: latex[name] for name in SECTIONS}
     files['generated/sections.json'] = (json.dumps(shown, indent=2, ensure_ascii=False) + '\n').encode()
-    named = [s for s in (load_study(root / 'results', n, preset) for n in ('exp1', 'exp2')) if s.records]
-    points = [s for axis in ('start', 'statistics') for s in load_axis(root / 'results', axis, preset)]
+    named = [s for s in (load_study(root / 'results', n) for n in ('exp1', 'exp2')) if s.records]
+    points = [s for axis in ('start', 'statistics') for s in load_axis(root / 'results', axis)]
     return files | {f'images/{name}': data for name, data in figure_files(named, points).items()}
 
 def write(
     root: Path | None = None,  # the repository; None is the one around here
-    preset: str = '',  # of the records; '' for the scales that are cited
 ) -> list[Path]:  # what was written
     "Write the generated parts of the paper."
     root = root or project_root()
-    return [write_atomic(root / 'paper' / path, data) for path, data in generated(root, preset).items()]
+    return [write_atomic(root / 'paper' / path, data) for path, data in generated(root).items()]
 
 # %% ../../nbs/report/18_paper.ipynb #e2793d38
 def refresh(
@@ -203,11 +201,10 @@ def compile_paper(
 # %% ../../nbs/report/18_paper.ipynb #cbe62c24
 def build(
     root: Path | None = None,  # the repository; None is the one around here
-    preset: str = '',  # of the records; '' for the scales that are cited
 ) -> Path:  # paper/main.pdf
     "From records to the PDF."
     root = root or project_root()
-    write(root, preset)
+    write(root)
     pdf = compile_paper(root / 'paper', root / 'build' / 'paper')
     return Path(shutil.copy(pdf, root / 'paper' / 'main.pdf'))
 

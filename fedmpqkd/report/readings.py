@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Fit', 'SHAPES', 'CRITERIA', 'BASELINES', 'mean_lead', 'overtakes', 'lead', 'planned', 'paired_curves', 'plot_lead',
-           'bytes_to_accuracy', 'growth', 'settings_of', 'pre_declared', 'in_settings']
+           'bytes_to_accuracy', 'growth', 'settings_of', 'gain', 'more_bytes', 'more_time', 'pre_declared',
+           'in_settings']
 
 # %% ../../nbs/report/17c_readings.ipynb #e9220937
 import math
@@ -255,11 +256,11 @@ def _at_budget(record: Record) -> float:
     "Accuracy of the quantised model, percent, mean of the last five rounds."
     return headline([line.get('accuracy_quantised', line['accuracy']) for line in record['curve']])
 
-def _gain(a: Record, b: Record) -> float:
+def gain(a: Record, b: Record) -> float:
     "Points of accuracy."
     return _at_budget(a) - _at_budget(b)
 
-def _more_bytes(a: Record, b: Record) -> float:
+def more_bytes(a: Record, b: Record) -> float:
     "Percent more bytes, in the direction where that is more."
     x, y = a['summary'], b['summary']
     return float(max(100 * (x[way] - y[way]) / y[way] for way in ('bytes_down', 'bytes_up')))
@@ -269,7 +270,7 @@ def _fewer_bytes(a: Record, b: Record) -> float:
     x, y = (r['summary']['bytes_down'] + r['summary']['bytes_up'] for r in (a, b))
     return float(100 * (y - x) / y)
 
-def _more_time(a: Record, b: Record) -> float:
+def more_time(a: Record, b: Record) -> float:
     "Percent more time for the median round."
     x, y = (float(np.median([line['seconds_training'] for line in r['curve']])) for r in (a, b))
     return 100 * (x / y - 1)
@@ -308,7 +309,7 @@ def _best_baseline(runs: _Runs, method: str) -> str:
 def _rule_i(runs: _Runs, method: str) -> dict[str, Any]:
     "Accuracy against the best quantised baseline."
     best = _best_baseline(runs, method)
-    row = _measure(runs, method, best, _gain)
+    row = _measure(runs, method, best, gain)
     if 'missing' in row: return row
     gap = _gap_closed(runs, method, best)
     if row['value'] < 2 and 'fedavg' not in runs: row['missing'] = 'no record of fedavg, which the gap needs'
@@ -316,12 +317,12 @@ def _rule_i(runs: _Runs, method: str) -> dict[str, Any]:
 
 def _rule_ii(runs: _Runs, method: str) -> dict[str, Any]:
     "Bytes against FedMPQ."
-    row = _measure(runs, method, 'fedmpq', _more_bytes)
+    row = _measure(runs, method, 'fedmpq', more_bytes)
     return row | dict(holds=row.get('value', math.nan) <= 1)
 
 def _rule_iii(runs: _Runs, method: str) -> dict[str, Any]:
     "Time against FedMPQ, on one machine."
-    row = _measure(runs, method, 'fedmpq', _more_time)
+    row = _measure(runs, method, 'fedmpq', more_time)
     if 'missing' in row: return row
     used = [r for m in (method, 'fedmpq') for r in runs[m].values()]
     machines = {(r['environment']['device'], r['environment'].get('workers')) for r in used}
@@ -336,7 +337,7 @@ def _rule_iv(runs: _Runs, method: str) -> dict[str, Any]:
     c = config_of(some)
     if c.partition != 'dirichlet' or c.dirichlet > 0.1:
         return dict(against='fedmpq', missing='no record with dirichlet=0.1')
-    row = _measure(runs, method, 'fedmpq', _gain)
+    row = _measure(runs, method, 'fedmpq', gain)
     return row | dict(holds=row.get('value', math.nan) >= 1)
 
 def _rule_v(runs: _Runs, method: str) -> dict[str, Any]:

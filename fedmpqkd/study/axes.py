@@ -56,7 +56,7 @@ AXES: dict[str, Axis] = {
     'local_epochs': Axis('Local epochs', along('local_epochs', 1, 2, 5), _FOUR),
     'dirichlet': Axis('Concentration of the label skew', along('dirichlet', 0.1, 0.5, inf), _FOUR),
     'model': Axis('Network', along('model', 'resnet20', 'mobilenetv2-imagenet', 'vit-tiny-4'), _FOUR,
-                  dict(smoke=along('model', 'resnet8', 'vit-tiny-4'),
+                  dict(demo=along('model', 'cnn', 'resnet8'), smoke=along('model', 'resnet8', 'vit-tiny-4'),
                        paper=along('model', 'resnet20', 'mobilenetv2', 'vit-small-4'))),
     'clients': Axis('Number of clients', along('clients', 10, 50, 100), _FOUR),
     'participation': Axis('Share of clients sampled each round', along('participation', 0.1, 0.5, 1.0),
@@ -127,20 +127,15 @@ AXES |= {
 # %% ../../nbs/study/16d_axes.ipynb #c1253d04
 AXES |= {
     'start': Axis('Where a run starts, and distillation', starts(20, 60, 4000), _PAIR,
-                  dict(smoke=starts(1, 1), study=starts(10, 5), paper=starts(20, 100))),
+                  dict(demo=starts(2, 5), smoke=starts(1, 1), study=starts(10, 5), paper=starts(20, 100))),
     'statistics': Axis('What a teacher normalises by: running statistics, or the batch',
                        starts(20, 60, 4000, (4,)), variants('batch'),
-                       dict(smoke=starts(1, 1, budgets=(4,)), study=starts(10, 5, budgets=(4,)),
-                            paper=starts(20, 100, budgets=(4,)))),
+                       {name: starts(*sizes, budgets=(4,)) for name, sizes in dict(
+                           demo=(2, 5), smoke=(1, 1), study=(10, 5), paper=(20, 100)).items()}),
     'student': Axis('Distillation without planes, and without bits', dict(base={}),
                     'fedavg,fedavg-kd,qat-uniform,qat-uniform-kd,fedmpq,fedmpq-kd'),
     'controls': Axis('What else could do as much as a teacher', dict(base={}),
                      'fedmpq,fedmpq-kd,fedmpq-smooth,fedmpq-prox')}
-
-# %% ../../nbs/study/16d_axes.ipynb #70397aff
-AXES['model'].scaled['demo'] = along('model', 'cnn', 'resnet8')
-AXES['start'].scaled['demo'] = starts(2, 5)
-AXES['statistics'].scaled['demo'] = starts(2, 5, budgets=(4,))
 
 # %% ../../nbs/study/16d_axes.ipynb #62f9ae49
 AXES |= {
@@ -212,7 +207,7 @@ def check_free(
 # long: its parameters are those of the notebook, one a line
 def run_axis(
     axis: str,  # its name
-    preset: str = 'auto',  # auto, smoke, mini, study or paper
+    preset: str = 'auto',  # auto, demo, smoke, mini, study or paper
     points: Any = '',  # labels, separated by commas; '' for all
     methods: Any = '',  # recipes; '' for the axis' own
     data_dir: str = '',  # where the data are; '' for the usual places

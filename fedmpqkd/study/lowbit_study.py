@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Piece', 'EXP4', 'FOR_READERS', 'LISTS', 'OWN', 'piece', 'described', 'Teacher', 'own_teacher', 'made_teacher',
-           'earlier', 'scored', 'trained', 'Pieces', 'pieces_of', 'held_back', 'tune', 'Study', 'run_study']
+           'earlier', 'scored', 'trained', 'Pieces', 'pieces_of', 'Study', 'run_study']
 
 # %% ../../nbs/study/16g_lowbit_study.ipynb #acd1add9
 import dataclasses
@@ -23,7 +23,7 @@ from ..core.config import as_list
 from ..core.journal import Claimed, Damaged, WorkingFolder, project_root, read_record, write_atomic
 from ..core.machine import commit, environment
 from ..data.augment import SEVEN, augmentation_steps
-from ..data.images import Dataset, stratified_indices
+from ..data.images import Dataset
 from ..evaluate.augmentation import measure, minimal_variance
 from fedmpqkd.study.experiments import (
     Experiment,
@@ -279,45 +279,6 @@ def pieces_of(
     kept = tuple(int(e) for e in as_list(values['kept']))
     some = int(values['score_images']), int(values['rank_images'])
     return Pieces(teacher, tuple(others), kept, *some, tuple(scores), tuple(students))
-
-# %% ../../nbs/study/16g_lowbit_study.ipynb #c3159872
-# long: what is held back, and the trials on it
-def held_back(data: Dataset, share: float = 0.1) -> Dataset:
-    "The training images in two parts; the smaller, stratified, takes the place of the test images."
-    n = len(data.train_y)
-    chosen = torch.from_numpy(stratified_indices(data.train_y.cpu(), max(data.classes, round(share * n)), 1))
-    kept = torch.ones(n, dtype=torch.bool)
-    kept[chosen] = False
-    x, y = data.train_x, data.train_y
-    return dataclasses.replace(data, train_x=x[kept], train_y=y[kept], test_x=x[~kept], test_y=y[~kept],
-                               fingerprint='')
-
-
-def tune(
-    folder: Path,  # of the records
-    teacher: Teacher,
-    data: Dataset,
-    start: Teacher,  # where students begin
-    base: StudentRecipe,  # everything but the rate and the augmentation
-    rates: Iterable[float],  # to try
-    augments: Iterable[str] = ('none', 'randaugment'),  # over which accuracies are averaged
-) -> Piece:  # its `lr` is the choice
-    "Choose the students' learning rate on held-back training images."
-    rates, augments, parts = list(rates), list(augments), held_back(data)
-
-    def make(work: Path) -> Piece:
-        begin, tried = time.perf_counter(), []
-        for lr in rates:
-            found = [trained(folder / '_work' / 'tuning', dataclasses.replace(base, lr=lr, augment=a),
-                             teacher, start, parts)['summary']['accuracy'] for a in augments]
-            each = dict(zip(augments, found, strict=True))
-            tried.append(dict(lr=lr, accuracy=sum(found) / len(found), each=each))
-        best = max(tried, key=lambda t: t['accuracy'])
-        return described(base, data, begin, teacher=teacher.digest, start=start.digest, tried=tried,
-                         lr=best['lr']) | dict(kind='rates')
-
-    others = teacher.digest, start.digest, json.dumps([rates, augments])
-    return piece(folder, 'rates', piece_id(base, parts.fingerprint, *others), make)
 
 # %% ../../nbs/study/16g_lowbit_study.ipynb #31f34467
 @dataclass

@@ -38,7 +38,7 @@ _ARC = _TOMATOES | dict(
 MKT_PRESETS: dict[str, dict[str, Any]] = {
     'smoke': dict(dataset='almanac', text_kind='class', server='gpt-mini/byte-bpe:300', lr=0.003,
                   batch_size=4, clients='gpt-tiny/byte-bpe:300;gpt-tiny/unigram:200', public=16, private=8,
-                  rounds=2,                  methods=_MKT, seeds='0,1'),
+                  rounds=2, methods=_MKT, seeds='0,1'),
     'study-a': _TOMATOES, 'study-b': _ARC,
     'paper': _ARC | dict(
         server='meta-llama/Llama-2-7b-hf/own', public=450, private=450, rounds=10, lr=0.00003, batch_size=4,
@@ -104,8 +104,10 @@ def mkt_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:  # one row 
     for method in dict.fromkeys(r['config']['method'] for r in records):
         own = [r['summary'] for r in records if r['config']['method'] == method]
         several = np.array([s['clients'] for s in own])
-        row = {'method': method, 'n': len(own), 'server %': np.mean([s['server'] for s in own]),
-               'clients %': np.mean([s['mean_client'] for s in own])}
+        row: dict[str, Any] = {'method': method, 'n': len(own)}
+        for heading, key in (('server %', 'server'), ('clients %', 'mean_client')):
+            values = pd.Series([s[key] for s in own])
+            row |= {heading: values.mean(), f'{heading} std': values.std(ddof=1)}
         row |= {f'client {k + 1} %': value for k, value in enumerate(several.mean(0))}
         sizes = {f'kB {w}': np.mean([s[f'bytes_{w}'] for s in own]) / 1e3 for w in ('up', 'down')}
         rows.append(row | sizes)

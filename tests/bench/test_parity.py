@@ -26,7 +26,7 @@ def test_the_bare_loop_learns_the_same_and_seeds_differ(tmp_path):
 def test_flower_learns_the_same_on_cifar(tmp_path):
     pytest.importorskip("flwr")
     found = parity_verdict(measure_parity(WORKLOADS["parity"], 3, tmp_path / "p.json", rounds=10, threads=2))
-    assert abs(found["difference"]) < 2 * found["spread"]
+    assert abs(found["difference"]) < found["spread"]
 
 
 def test_the_committed_records_agree_within_the_spread_of_seeds():
@@ -35,4 +35,4 @@ def test_the_committed_records_agree_within_the_spread_of_seeds():
     records = [r for r in read_records([path]) if "accuracy" in r]
     assert {r["entry"] for r in records} >= {"fedavg", "flower"} and len(records[0]["accuracy"]) == 10
     found = parity_verdict(records)
-    assert found["n"] == 3 and abs(found["difference"]) < 2 * found["spread"]
+    assert found["n"] == 3 and abs(found["difference"]) < found["spread"]

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from samples import dataset, small
 
-from fedmpqkd.core.config import REGISTRIES, RunConfig, config_from
+from fedmpqkd.core.config import AGGREGATIONS, REGISTRIES, RunConfig, config_from
 from fedmpqkd.core.journal import Journal
 from fedmpqkd.core.streams import torch_rng
+from fedmpqkd.core.usercode import import_file
 from fedmpqkd.federation.methods import RECIPES, make_config, register_method, with_code
 from fedmpqkd.federation.rounds import open_run, participants, run_round
 from fedmpqkd.federation.run import run
-from fedmpqkd.federation.server import Average, register_aggregation
 from fedmpqkd.federation.serverrules import adam_rule, momentum_rule, register_server_rule
 from fedmpqkd.learn.client import TERM, term_of
 from fedmpqkd.learn.terms import ClientTerm, norm_entries, register_client_term, register_task_loss
@@ -220,22 +221,18 @@ def test_a_constant_gradient_moves_the_weights_by_itself():
 
 
 def test_an_aggregation_of_ones_own():
-    "The median of three clients is one of them in every coordinate."
-    class Median(Average):
-        def add(self, state, weight):
-            super().add(state, weight)
-            self.states = [*getattr(self, 'states', []), state]
-
-        def mean(self):
-            middle = {n: torch.stack([s[n] for s in self.states]).median(0).values for n in self.sums}
-            return super().mean() | {n: t for n, t in middle.items() if t.is_floating_point()}
-
-    register_aggregation('median', Median)
+    "The example that readers copy: of 1, 2 and 9 the median is 2, whatever the clients weigh."
+    import_file(ROOT / 'examples' / 'aggregation.py')
+    average = AGGREGATIONS['median'].start('mean')
+    for value, weight in ((1.0, 5.0), (2.0, 1.0), (9.0, 1.0)):
+        average.add(dict(w=torch.full((2,), value), steps=torch.tensor(3)), weight)
+    assert average.mean()['w'].tolist() == [2, 2] and average.mean()['steps'] == 3
     median, _ = trained(RunConfig(**TINY, aggregate='median'), 1)
     mean, _ = trained(RunConfig(**TINY), 1)
     assert not torch.equal(median[1]['0.weight'], mean[1]['0.weight'])
     assert with_code(RunConfig(**TINY, aggregate='median')).extension.startswith('model:')
     assert '+aggregate:' in with_code(RunConfig(**TINY, aggregate='median')).extension
+    assert 'aggregate:' not in with_code(RunConfig(**TINY)).extension
 
 
 def half(config, old, mean, memory): return {n: (old[n] + mean[n]) / 2 for n in old}

@@ -9,7 +9,7 @@ from samples import dataset
 from fedmpqkd.core.config import RunConfig
 from fedmpqkd.federation.methods import make_config
 from fedmpqkd.federation.rounds import open_run, run_round
-from fedmpqkd.learn.importance import SquaredGradients, example_fisher, rank_correlation
+from fedmpqkd.learn.importance import SquaredGradients, example_fisher
 from fedmpqkd.learn.vision import VisionTask
 from fedmpqkd.models.vision import register_model
 from fedmpqkd.wire.format import WireError, decode, encode
@@ -71,14 +71,6 @@ def test_a_constant_gradient_is_its_own_mean(decay):
     for _ in range(7):
         gathered.add([g])
         assert torch.allclose(gathered.value()[0], g.square(), rtol=1e-5)
-
-
-def test_rank_correlation_is_that_of_scipy():
-    from scipy.stats import spearmanr
-    g = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        a, b = torch.randint(0, 9, (60,), generator=g), torch.randn(60, generator=g).round(decimals=1)
-        assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-9)
 
 
 FIELDS = dict(model='tiny', clients=3, rounds=2, batch_size=8, lr=.05, dirichlet=5.0, eval_images=0)

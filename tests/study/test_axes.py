@@ -102,7 +102,7 @@ def test_heterogeneous_budgets_are_those_of_the_fedmpq_paper():
     (dict(axis="dirichlet", dirichlet=0.3), "axis='dirichlet' sets dirichlet itself"),
     (dict(axis="budgets", fields="clients=20"), "sets clients itself (as in clients=10)"),
     (dict(axis="optimizer", lr=0.1), "sets lr itself"),
-    (dict(axis="alpha", preset="huge"), "allowed are auto, smoke, mini, study, paper")])
+    (dict(axis="alpha", preset="huge"), "allowed are auto, demo, smoke, mini, study, paper")])
 def test_mistakes_are_said_before_anything_runs(given: dict, said: str, tmp_path: Path):
     with pytest.raises(ValueError) as error:
         run_axis(**dict(preset="smoke", device="cpu", results_dir=str(tmp_path)) | given)

@@ -48,7 +48,7 @@ def test_command_line_runs_an_experiment_without_papermill(tmp_path: Path):
 
 @pytest.mark.parametrize("words, said", [
     (("exp1", "--alph", "1.0"), "Did you mean one of: '--alpha'"),
-    (("exp1", "--preset", "huge"), "allowed are auto, smoke, mini, study, paper"),
+    (("exp1", "--preset", "huge"), "allowed are auto, demo, smoke, mini, study, paper"),
     (("exp1", "--preset", "mini", "--data-dir", "nowhere"), "nowhere"),
     (("exp7",), "No such command 'exp7'"),
     (("exp1", "--preset", "smoke", "--alpha", "-1"), "alpha=-1.0: must be finite and at least 0"),
