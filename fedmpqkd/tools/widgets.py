@@ -168,10 +168,7 @@ def show_budget(
     ax.legend(fontsize=6, loc='upper right')
     return Picture(figure, bits=bits, spent=spent)
 
-# %% ../../nbs/tools/83_widgets.ipynb #f4eb0b27
-AXES = {'rounds': 'round', 'MB': 'megabytes, both ways', 'seconds': 'seconds'}
-
-
+# %% ../../nbs/tools/83_widgets.ipynb #af839db2
 def curve_names(
     records: Sequence[Any],  # any
 ) -> list[str]:  # 'fedmpq', or 'fedmpq bits=2' where runs of fedmpq have different bits
@@ -186,6 +183,9 @@ def curve_names(
                  for f, v in values.items()]
         names.append(' '.join([c.method, *words]))
     return names
+
+# %% ../../nbs/tools/83_widgets.ipynb #f4eb0b27
+AXES = {'rounds': 'round', 'MB': 'megabytes, both ways', 'seconds': 'seconds'}
 
 
 def curve_frame(
