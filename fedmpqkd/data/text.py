@@ -434,6 +434,7 @@ def load_text(
     if name == 'almanac': return _almanac(kind, template)
     folder = text_folder(name, data_dir)
     inner = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob('*.parquet')))
+    if groups and not inner: raise ValueError(f'{name} has no groups: {", ".join(groups)} cannot be chosen')
     if not inner: return read_set(name, folder, template)
     if unknown := set(groups) - set(inner):
         raise ValueError(f'{name} has no {", ".join(sorted(unknown))}; it has {", ".join(inner)}')
