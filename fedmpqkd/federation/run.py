@@ -101,6 +101,7 @@ def collapse_at(
         best = max(best, accuracy)
     return None
 
+# %% ../../nbs/federation/12f_run.ipynb #79db0498
 def guess_share(
     task: Task,  # any
 ) -> float:  # percent
@@ -121,6 +122,7 @@ def remedies(
     if c.distils and c.teacher_norm == 'running' and not c.tokenizer: found.append('teacher_norm=batch')
     return found
 
+# %% ../../nbs/federation/12f_run.ipynb #e726ffd7
 def _tell_collapse(
     config: RunConfig,  # of the run
     line: RoundLine,  # of this round
