@@ -137,6 +137,11 @@ def _tell_collapse(
         f"{accuracies[best]:.1f} % in round {curve[best]['round']}; worth a trial: "
         f"{', '.join(remedies(config))} (see the page federation/12f_run)")
 
+def _warn(run: Run, line: RoundLine, curve: list[RoundLine]) -> None:
+    "Say what has gone wrong in a round, once."
+    _tell_emptied(run.config.method, line, curve)
+    _tell_collapse(run.config, line, curve, guess_share(run.pool.task))
+
 # %% ../../nbs/federation/12f_run.ipynb #bfb23997
 @one_thread()
 def play(
@@ -148,7 +153,6 @@ def play(
     "Play the rounds that are missing."
     c, protocol = run.config, protocol_of(run.config)
     full, part = test_parts(run.pool.task.test_labels.cpu(), c.eval_images)
-    chance = guess_share(run.pool.task)
     for round in range(len(curve), c.rounds if until is None else until):
         start, before = time.perf_counter(), dict(run.meter.total)
         noise(run, round)
@@ -161,8 +165,7 @@ def play(
         line |= {f'bytes_{way}': run.meter.total[way] - before[way] for way in ('down', 'up')}
         line |= dict(seconds=time.perf_counter() - start, seconds_training=trained - start)
         line['bits'] = run.server.mean_bits
-        _tell_emptied(c.method, line, curve)
-        _tell_collapse(c, line, curve, chance)
+        _warn(run, line, curve)
         curve.append(line)
         after(curve)
 
