@@ -80,6 +80,7 @@ def fstq_pairs(
     return found.assign(p=holm(found.p.tolist()))
 
 # %% ../../nbs/report/17h_fstq.ipynb #4a6f0f55
+# long: one figure
 LABELS = {'fedavg': 'fp32', 'fedavg-fstq': 'Fisher', 'fedavg-magnitude': 'magnitude',
           'fedavg-random': 'random', 'fedavg-topk': 'Top-k, fp16', 'fedpaq-ef': 'uniform bits'}
 
@@ -93,7 +94,8 @@ def plot_fstq(
     import matplotlib.pyplot as plt
     if ax is None: ax = plt.subplots(figsize=(5.4, 3.2), layout='constrained')[1]
     own = [r for r in records if r['config']['optimizer'] == optimizer]
-    present, shades = {r['config']['method'] for r in own}, sorted({budget_of(r) for r in own if r['config']['uplink'] != 'model'})
+    present = {r['config']['method'] for r in own}
+    shades = sorted({budget_of(r) for r in own if r['config']['uplink'] != 'model'})
     for n, method in enumerate(m for m in LABELS if m in present):
         for budget in sorted({budget_of(r) for r in own if r['config']['method'] == method}):
             some = [r for r in own if r['config']['method'] == method and budget_of(r) == budget]
@@ -137,7 +139,7 @@ def fstq_claims(
     if len(own):
         by = own.groupby('budget').times_less.agg(['mean', 'count', 'size'])
         measured['46 times less traffic in all'] = '; '.join(
-            f'{100 * b:g} %: {row["mean"]:.1f} times ({int(row["count"])} of {int(row["size"])} runs get there)'
+            f'{100 * b:g} %: {row["mean"]:.1f} times ({row["count"]:.0f} of {row["size"]:.0f} runs)'
             if row['count'] else f'{100 * b:g} %: never reached' for b, row in by.iterrows())
     pairs = fstq_pairs(records, 'fedavg-fstq', 'fedavg-topk')
     if len(pairs):
