@@ -25,6 +25,10 @@ step "ruff" ruff check .
 step "mypy" mypy
 step "the notebooks' own tests" nbdev_test --n_workers 2 --timing
 
+if (($# == 0)); then
+  step "sliders in a browser, the short form" "$python" -m pytest -n 0 -m 'browser and short' tests/browser
+fi
+
 printf '\n== pytest\n'  # export drift, clean drift and the shape of the pages are tests as well
 "$python" -m pytest -n 2 "$@"
 code=$?

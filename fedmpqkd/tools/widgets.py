@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['AXES', 'Picture', 'show_split', 'trained_layer', 'show_rounding', 'show_planes', 'show_temperature', 'show_budget',
-           'curve_frame', 'plottable', 'Curves', 'draw_curves', 'groups', 'explorer', 'Stopped', 'LiveRun', 'show_live',
-           'monitor', 'live_run']
+           'curve_names', 'curve_frame', 'plottable', 'Curves', 'draw_curves', 'groups', 'explorer', 'Stopped',
+           'LiveRun', 'show_live', 'monitor', 'live_run']
 
 # %% ../../nbs/tools/83_widgets.ipynb #07e80190
 import io
 import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ from ..core.journal import Journal
 from ..core.record import ROUND, Record, RoundLine
 from ..data.images import load_dataset
 from ..data.partition import plot_partition, split
-from ..federation.methods import RECIPES
+from ..federation.methods import RECIPES, difference
 from ..federation.run import run
 from ..learn.distill import kd_loss, soften
 from ..models.vision import build_model, layout
 from ..quant.bits import prune_grow, to_planes, uniform_bits
 from ..quant.quantize import quantize
-from ..study.records import load_records
+from ..study.records import config_of, load_records
 
 # %% ../../nbs/tools/83_widgets.ipynb #a03a7712
 class Picture:
@@ -167,6 +168,22 @@ def show_budget(
     ax.legend(fontsize=6, loc='upper right')
     return Picture(figure, bits=bits, spent=spent)
 
+# %% ../../nbs/tools/83_widgets.ipynb #af839db2
+def curve_names(
+    records: Sequence[Any],  # any
+) -> list[str]:  # 'fedmpq', or 'fedmpq bits=2' where runs of fedmpq have different bits
+    "A name for each record's curve: its method, and whatever tells its setting from the others."
+    configs = [replace(config_of(r), seed=0) for r in records]
+    names = []
+    for c in configs:
+        twins = [other for other in configs if other.method == c.method]
+        fields = sorted(set().union(*(difference(c, other) for other in twins)))
+        values = {f: getattr(c, f) for f in fields}
+        words = [f'{f}={"/".join(f"{x:g}" for x in v) if isinstance(v, tuple) else v}'
+                 for f, v in values.items()]
+        names.append(' '.join([c.method, *words]))
+    return names
+
 # %% ../../nbs/tools/83_widgets.ipynb #f4eb0b27
 AXES = {'rounds': 'round', 'MB': 'megabytes, both ways', 'seconds': 'seconds'}
 
@@ -175,12 +192,12 @@ def curve_frame(
     records: Sequence[Any],  # of one experiment and scale
     methods: Sequence[str] = (),  # none: all
     y: str = 'accuracy',  # a column of the rounds
-) -> pd.DataFrame:  # method, seed, round, MB, seconds, and y; a row for each round that has it
+) -> pd.DataFrame:  # method (and setting), seed, round, MB, seconds, y; a row for each round that has it
     "Rounds of records as a table."
+    chosen = [r for r in records if not methods or r['config']['method'] in methods]
     rows = []
-    for r in records:
-        name, seed, mb, seconds = r['config']['method'], r['config']['seed'], 0.0, 0.0
-        if methods and name not in methods: continue
+    for r, name in zip(chosen, curve_names(chosen), strict=True):
+        seed, mb, seconds = r['config']['seed'], 0.0, 0.0
         for line in r['curve']:
             mb += (line['bytes_down'] + line['bytes_up']) / 1e6
             seconds += line['seconds']
@@ -228,7 +245,8 @@ def draw_curves(
     "Means over seeds, with a band of one standard deviation."
     if x not in AXES: raise ValueError(f'x={x!r}: allowed are {", ".join(AXES)}')
     frame, unit = curve_frame(records, methods, y), ROUND[y].unit if y in ROUND else ''
-    figure, ax = _axes(6.4, 3.2)
+    many = frame['method'].nunique() > 6  # then the legend has a column of its own
+    figure, ax = _axes(10 if many else 6.4, 3.2)
     for name, runs in frame.groupby('method', sort=False):
         means = runs.groupby('rounds')[['MB', 'seconds', y]].agg(['mean', 'std', 'count']).reset_index()
         at = means['rounds'] if x == 'rounds' else means[x]['mean']
@@ -240,7 +258,8 @@ def draw_curves(
         dots.set_urls([f'{name}, round {r}: {m:.2f} {unit} (std {s:.2f}, n = {n}), {mb:.2f} MB'
                        for r, m, s, n, mb in words])
     ax.set(xlabel=AXES[x], ylabel=f'{y} [{unit}]' if unit else y)
-    if len(frame): ax.legend(fontsize=6)
+    if many: figure.legend(fontsize=6, loc='outside right upper')
+    elif len(frame): ax.legend(fontsize=6)
     return Curves(figure, frame)
 
 # %% ../../nbs/tools/83_widgets.ipynb #58c34913
@@ -271,7 +290,8 @@ def explorer(
     def load(change: Any = None) -> None:
         held['records'] = load_records(Path(results), *group.value.split('/')) if group.value else []
         methods.options = list(dict.fromkeys(r['config']['method'] for r in held['records']))
-        y.options = plottable(held['records'])
+        before, y.options = y.value, plottable(held['records'])
+        y.value = before if before in y.options else next(iter(y.options), None)
 
     def draw(change: Any = None) -> None:
         held['curves'] = draw_curves(held['records'], methods.value, x.value, y.value or 'accuracy')
@@ -362,7 +382,8 @@ def show_live(
     left.set(xlabel='round', ylabel='accuracy [%]', xlim=(0.5, rounds + 0.5), ylim=(0, 100))
     sent = np.cumsum([(line['bytes_down'] + line['bytes_up']) / 1e6 for line in lines])
     right.plot(at, sent, 'o-', ms=3, color='C1')
-    right.set(xlabel='round', ylabel='MB so far', xlim=(0.5, rounds + 0.5))
+    top = 1.1 * sent[-1] if len(lines) else 1
+    right.set(xlabel='round', ylabel='MB so far', xlim=(0.5, rounds + 0.5), ylim=(0, top))
     return Picture(figure, rounds=len(lines))
 
 
@@ -372,7 +393,7 @@ def monitor(
     "Buttons and a curve for a run."
     import ipywidgets as w
     buttons = [w.Button(description=name) for name in ('Start', 'Pause', 'Stop')]
-    label, image = w.Label(), w.Image(format='png')
+    label, image = w.Label(), w.Image(format='png', layout=w.Layout(width='100%', max_width='640px'))
 
     def changed() -> None:
         done = f'{len(live.lines)} of {live.config.rounds} rounds'

@@ -4,7 +4,9 @@
     pytest -m browser tests/browser        # all of it, with pictures in $FEDMPQKD_SHOTS if that is set
     pytest -m 'browser and short' tests/browser
 """
+import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,16 +19,22 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-sync_api = pytest.importorskip('playwright.sync_api')
+try:
+    from playwright import sync_api
+except ImportError:
+    sync_api = None  # the tests are skipped one by one, and say why
+
 pytestmark = pytest.mark.browser
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
          '--disable-background-networking', '--disable-component-update']
+CHROMIUM = ('chromium', 'chromium-browser', 'google-chrome')
 SLOW = 1000 * int(os.environ.get('FEDMPQKD_PATIENCE', '240'))  # milliseconds for anything that computes
 
 
 @pytest.fixture
 def lab_folder(tmp_path):
     "A copy of what the pages need, so that nothing is written into the checkout."
+    if sync_api is None: pytest.skip("no playwright: pip install -e '.[browser]'")
     for name in ('nbs', 'results', 'examples'):
         ignore = shutil.ignore_patterns('_work', '.ipynb_*')
         shutil.copytree(ROOT / name, tmp_path / 'lab' / name, ignore=ignore)
@@ -63,7 +71,7 @@ def served(command: list[str], folder: Path, port: int, path: str):
 @contextmanager
 def browser_page():
     "A page of a headless Chromium, and the errors of its scripts."
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser')
+    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)  # None: playwright's own
     with sync_api.sync_playwright() as play:
         try: browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
         except sync_api.Error as why: pytest.skip(f'no Chromium: {why}')
@@ -106,35 +114,63 @@ def shot(page, name: str) -> None:
     if folder := os.environ.get('FEDMPQKD_SHOTS'): page.screenshot(path=f'{folder}/{name}.png')
 
 
-def nudge(page, box, keys: int = 2) -> tuple[str, str]:
-    "Move the first slider of a widget, and return its picture before and after."
-    image = box.locator('.jp-OutputArea-output img, .jp-RenderedImage img').first
-    image.wait_for()
-    before = image.get_attribute('src')
-    handle = box.locator('.noUi-handle').first
-    handle.scroll_into_view_if_needed()
-    handle.focus()
-    for _ in range(keys): page.keyboard.press('ArrowRight')
+def changed(page, what, before: str) -> bool:
+    "Wait until a function of the page returns something else than before."
     deadline = time.monotonic() + SLOW / 1000
     while time.monotonic() < deadline:
-        now = box.locator('img').first
-        if now.count() and now.get_attribute('src') != before: return before, now.get_attribute('src')
-        page.wait_for_timeout(200)
-    return before, before
+        if (now := what()) and now != before: return True
+        page.wait_for_timeout(100)
+    return False
+
+
+def nudge(page, box, number: int = 0, key: str = 'ArrowRight') -> bool:
+    "Move a slider of a widget by one step: does its picture change?"
+    image = box.locator('img').first
+    image.wait_for()
+    before = image.get_attribute('src')
+    handle = box.locator('.noUi-handle').nth(number)
+    handle.scroll_into_view_if_needed()
+    handle.focus()
+    page.keyboard.press(key)
+    return changed(page, lambda: image.get_attribute('src') if image.count() else '', before)
 
 
 def press(page, name: str) -> None:
     page.get_by_role('button', name=name, exact=True).first.click()
 
 
-def every_slider_moves_its_figure(page) -> None:
-    boxes = page.locator('.widget-interact')
+def sliders_move_their_figures(page, all_of_them: bool = True) -> int:
+    "The first slider of each widget, or each of them; how many."
+    boxes, moved = page.locator('.widget-interact'), 0
     page.wait_for_function("document.querySelectorAll('.widget-interact img').length >= 5")
     assert boxes.count() == 5
     for i in range(5):
-        before, after = nudge(page, boxes.nth(i))
-        assert before != after, f'slider {i} moved nothing'
+        for j in range(boxes.nth(i).locator('.noUi-handle').count() if all_of_them else 1):
+            assert nudge(page, boxes.nth(i), j), f'slider {j} of widget {i} moved nothing'
+            moved += 1
         shot(page, f'slider-{i}')
+    return moved
+
+
+def explorer_shows_records(page) -> None:
+    "Points have words, and other records over other axes are another drawing."
+    drawing = page.locator('.jp-RenderedHTMLCommon svg').first
+    drawing.scroll_into_view_if_needed()
+    def first() -> str:
+        title = drawing.locator('title').first
+        return title.text_content() if title.count() else ''
+
+    before = first()
+    assert re.match(r'.+, round 1: \d+\.\d\d % \(std \d+\.\d\d, n = \d+\), \d+\.\d\d MB', before)
+    records, x, y = (page.get_by_label(name, exact=True) for name in ('records', 'x', 'y'))
+    assert y.input_value() == 'accuracy'
+    shot(page, 'explorer')
+    records.select_option('exp1/study')
+    assert changed(page, first, before)
+    x.select_option('MB')
+    y.select_option('loss')
+    assert changed(page, lambda: '' if '%' in first() else first(), '')
+    shot(page, 'explorer-study')
 
 
 def stopped_run_is_taken_up(page, folder: Path) -> None:
@@ -160,14 +196,11 @@ def stopped_run_is_taken_up(page, folder: Path) -> None:
 
 @pytest.mark.short
 def test_explore_in_jupyterlab(lab_folder):
-    "Each slider moves its figure; the explorer shows committed records; a run pauses and stops."
+    "A slider of each widget moves its figure; the explorer shows committed records; a run pauses and stops."
     with lab(lab_folder, 'nbs/explore.ipynb') as page:
         run_all(page)
-        every_slider_moves_its_figure(page)
-        drawing = page.locator('.jp-RenderedHTMLCommon svg').first
-        drawing.scroll_into_view_if_needed()
-        assert 'round' in drawing.locator('title').first.text_content()
-        shot(page, 'explorer')
+        sliders_move_their_figures(page, all_of_them=False)
+        explorer_shows_records(page)
         stopped_run_is_taken_up(page, lab_folder)
         assert page.errors == []
 
@@ -176,15 +209,17 @@ def test_the_walkthrough_runs(lab_folder):
     "Every cell of the first page, in a browser, without an error."
     with lab(lab_folder, 'nbs/00_walkthrough.ipynb') as page:
         run_all(page)
-        page.get_by_text('Python 3 (ipykernel) | Busy').wait_for()
-        page.get_by_text('Python 3 (ipykernel) | Busy').wait_for(state='detached')
-        page.get_by_text('Python 3 (ipykernel) | Idle').wait_for()
+        cells = json.loads((lab_folder / 'nbs' / '00_walkthrough.ipynb').read_text())['cells']
+        last = sum(1 for cell in cells if cell['cell_type'] == 'code')
+        prompt = page.locator('.jp-CodeCell .jp-InputPrompt').last
+        assert changed(page, lambda: prompt.inner_text() if ']' in prompt.inner_text() else '', '[*]:')
         shot(page, 'walkthrough')
         assert page.get_by_text('Traceback').count() == 0
+        assert prompt.inner_text() == f'[{last}]:'
 
 
 def test_explore_under_voila(lab_folder):
-    "The same page without its code."
+    "The same page without its code: every slider, the records, and a run."
     pytest.importorskip('voila')
     port = free_port()
     command = [sys.executable, '-m', 'voila', 'nbs/explore.ipynb', '--no-browser', f'--port={port}',
@@ -192,7 +227,8 @@ def test_explore_under_voila(lab_folder):
     with served(command, lab_folder, port, '/voila/static/favicon.ico'), browser_page() as page:
         page.goto(f'http://127.0.0.1:{port}/')
         page.locator('.widget-interact img').first.wait_for()
-        before, after = nudge(page, page.locator('.widget-interact').first)
+        assert sliders_move_their_figures(page) == 10
         shot(page, 'voila')
-        assert before != after
-        assert page.get_by_text('interact(').count() == 0
+        explorer_shows_records(page)
+        stopped_run_is_taken_up(page, lab_folder)
+        assert page.get_by_text('interact(').count() == 0 and page.errors == []
