@@ -132,6 +132,7 @@ class Party:
         return (self.public.labels != IGNORED).sum(-1)
 
 # %% ../../nbs/federation/12h_mkt.ipynb #6e1f8247
+# long: small functions that are read together
 def parsed(spec: str) -> tuple[str, str, int]:  # model, tokenizer, layers; 0: all
     "The parts of MODEL/TOKENIZER/LAYERS."
     model, *rest = spec.rsplit('/', 2) if spec.rsplit('/', 1)[-1].isdigit() else spec.rsplit('/', 1)
@@ -310,6 +311,7 @@ def moved(
     return move_logits(found, line.source, line.partner, line.labels)
 
 # %% ../../nbs/federation/12h_mkt.ipynb #b038fee3
+# long: small functions that are read together
 def batches(
     n: int,
     c: MktConfig,
@@ -449,6 +451,7 @@ def sent(
     return decode_logits(data, *known), len(data)
 
 # %% ../../nbs/federation/12h_mkt.ipynb #d8578c09
+# long: small functions that are read together
 @torch.no_grad()
 def test_accuracy(
     party: Party,
@@ -545,6 +548,7 @@ def centralised(
     for round in range(c.rounds): trained_privately(server, c, round, batch)
 
 # %% ../../nbs/federation/12h_mkt.ipynb #901e590f
+# long: a run from its participants to its record
 def play_mkt(
     text: TextData,
     c: MktConfig,
