@@ -41,7 +41,7 @@ class SquaredGradients:
         correction = 1.0 if self.decay == 1 else 1 - self.decay**self.steps
         return [m / correction for m in self.means]
 
-# %% ../../nbs/learn/09j_importance.ipynb #b4f302c5
+# %% ../../nbs/learn/09j_importance.ipynb #582c0165
 def one_by_one(
     model: nn.Module,  # in eval mode
     task: Task,  # makes batches, and has the loss
@@ -59,7 +59,7 @@ def one_by_one(
             if g is not None: s += g.float().square()
     return sums
 
-
+# %% ../../nbs/learn/09j_importance.ipynb #b4f302c5
 def example_fisher(
     model: nn.Module,  # in whatever mode; left as it was
     task: Task,  # makes batches, and has the loss
