@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..core.machine import environment
 from .metrics import peak_memory_mib
 from fedmpqkd.models.vision import (
+    IMAGE,
     Folded,
     attention_macs,
     build_model,
@@ -58,16 +59,17 @@ def cost_table(
     classes: int,  # outputs
     bits: int | Sequence[int] = 4,  # as for `entries_at`
     act_bits: int = 32,  # bits of the activations
+    image: tuple[int, ...] = IMAGE,  # channels, height and width
 ) -> pd.DataFrame:  # one row; macs, flops and bops for one image, bytes_fp32 and bytes of one message
     "What a network costs at given bits: model, bits, parameters, macs, flops, bops, bytes_fp32, bytes."
     if not 1 <= act_bits <= 32: raise ValueError(f'act_bits={act_bits}: must be in [1, 32]')
-    model = build_model(name, classes)
+    model = build_model(name, classes, image=image)
     entries, shape = entries_at(model, bits), layout(model)
 
     widths = {n: e.bits for n, e in entries.items() if isinstance(e, Planes)}
     mean = np.average([widths.get(n, 32) for n in shape.quantized], weights=shape.sizes())
 
-    macs, inside = layer_macs(model), attention_macs(model)
+    macs, inside = layer_macs(model, image), attention_macs(model, image)
     total = sum(macs.values()) + inside
 
     def length(message: dict[str, Any]) -> int:
@@ -128,9 +130,10 @@ def student_and_teacher(
     classes: int,  # outputs
     bits: int | Sequence[int] = 4,  # of the student
     device: str | torch.device = 'cpu',  # where they predict
+    image: tuple[int, ...] = IMAGE,  # channels, height and width
 ) -> dict[str, Folded]:  # 'student' and 'teacher', callable on images
     "The deployed quantised model and its full-precision teacher."
-    model = build_model(name, classes)
+    model = build_model(name, classes, image=image)
     model.load_state_dict(state)
 
     made = {}

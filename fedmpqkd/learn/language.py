@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.config import RunConfig
+from ..core.config import RunConfig, as_list
 from fedmpqkd.data.text import (
     IGNORED,
     Item,
@@ -205,13 +205,14 @@ def language_data(
                         right, size, groups, train, test, digest, left)
 
 # %% ../../nbs/learn/09h_language.ipynb #80477c71
-_MATTERS = ('dataset', 'text_kind', 'train_images', 'test_images', 'tokenizer', 'context', 'chat',
-            'option_score')
+_MATTERS = ('dataset', 'text_kind', 'text_groups', 'train_images', 'test_images', 'tokenizer', 'context',
+            'chat', 'option_score')
 
 
 @lru_cache(maxsize=2)
 def _loaded(config: RunConfig, data_dir: str) -> LanguageData:
-    text = load_text(config.dataset, data_dir or None, config.text_kind)
+    groups = as_list(config.text_groups)
+    text = load_text(config.dataset, data_dir or None, config.text_kind, groups=groups)
     return language_data(text, config)
 
 

@@ -35,7 +35,7 @@ from fedmpqkd.report.evidence import (
     to_markdown,
 )
 from ..study.experiments import EXPERIMENTS, tuned_for, tuned_values
-from ..study.records import SETTING, config_of
+from ..study.records import SETTING, config_of, image_of
 
 # %% ../../nbs/report/17a_captions.ipynb #0e480d22
 def _many(count: int, word: str) -> str:
@@ -227,10 +227,11 @@ def scale_of(
 
 # %% ../../nbs/report/17a_captions.ipynb #11df53bc
 def _images(record: Record) -> str:
-    "'cifar10, 4,000 training and 2,000 test images'."
+    "'cifar10, 4,000 training and 2,000 test images', and their size if it is not CIFAR's."
     data = record['data']
     coarse = f' ({data["classes"]} coarse classes)' if data['name'].endswith('-coarse') else ''
-    return f'{data["name"]}{coarse}, {data["train"]:,} training and {data["test"]:,} test images'
+    size = f' of {"x".join(map(str, data["image"]))}' if 'image' in data else ''
+    return f'{data["name"]}{coarse}, {data["train"]:,} training and {data["test"]:,} test images{size}'
 
 def _percent(share: float) -> str:
     "'40 %'."
@@ -251,9 +252,9 @@ def _conditions(c: RunConfig) -> str:
 
 # %% ../../nbs/report/17a_captions.ipynb #a5e3265a
 @cache
-def _sizes(model: str, classes: int) -> tuple[list[int], int]:
+def _sizes(model: str, classes: int, image: tuple[int, ...]) -> tuple[list[int], int]:
     "Of a network, how many weights each quantised layer has, and how many there are in all."
-    network = build_model(model, classes)
+    network = build_model(model, classes, image=image)
     return layout(network).sizes(), sum(p.numel() for p in network.parameters())
 
 def measured_bits(
@@ -262,7 +263,8 @@ def measured_bits(
     "What the bits of a run really were."
     summary, last = record['summary'], record['curve'][-1].get('bits', [])
     if 'quantised_share' in summary: return summary['quantised_share'], summary.get('bits_mean') or math.nan
-    try: sizes, everything = _sizes(record['config']['model'], record['data']['classes'])
+    of = record['config']['model'], record['data']['classes'], image_of(record)
+    try: sizes, everything = _sizes(*of)
     except ValueError: return math.nan, math.nan  # a network that is not registered here
     if len(sizes) != len(last): return sum(sizes) / everything, math.nan
     bits = sum(d * b for d, b in zip(sizes, last, strict=True)) / max(sum(sizes), 1)

@@ -16,8 +16,8 @@ from torch import nn
 
 from ..core.journal import project_root, write_atomic
 from ..core.record import Record
-from ..models.vision import IMAGE, build_model, layout, model_names
-from ..study.records import config_of, load_records
+from ..models.vision import build_model, layout, model_names
+from ..study.records import config_of, image_of, load_records
 from ..wire.format import dense
 from ..wire.messages import downlink_entries
 
@@ -94,7 +94,6 @@ def _chosen(records: list[Record], choice: dict[str, Any]) -> Record:
 def load_model(
     where: str | Path,  # 'exp1/demo', or a folder's path
     results: Path | None = None,  # results folder; None for the project's
-    image: tuple[int, ...] = IMAGE,  # channels, height and width of the images, where they are not CIFAR's
     **choice: Any,  # configuration values that single out one run: method='fedmpq', seed=0
 ) -> nn.Module:  # in eval mode; its inputs are normalised images [B, C, H, W]
     "The deployed model of a run."
@@ -107,7 +106,7 @@ def load_model(
     if c.model not in model_names():
         raise ValueError(f'model={c.model!r}: load the plug-in that registers it')
     saved = torch.load(path, weights_only=True)
-    network = build_model(c.model, record['data']['classes'], image=image)
+    network = build_model(c.model, record['data']['classes'], image=image_of(record))
     state = saved['state']
     if saved['bits']: state = dense(downlink_entries(state, layout(network), saved['bits']))
     network.load_state_dict(state, strict=False)  # constants do not travel

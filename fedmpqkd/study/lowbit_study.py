@@ -205,6 +205,7 @@ def trained(
     return piece(folder, name, id, make)
 
 # %% ../../nbs/study/16g_lowbit_study.ipynb #5446b007
+# long: one table
 _ALL = ','.join(('none', *SEVEN))
 _DIGITS = dict(dataset='digits', model='resnet8', augments=_ALL, teacher_batch_size=32, batch_size=32,
                others='cnn')
@@ -316,7 +317,7 @@ def _other_teachers(folder: Path, pieces: Pieces, first: Teacher, data: Dataset)
     for recipe in pieces.others: found[recipe.model] = made_teacher(folder, recipe, data)
     return found
 
-
+# %% ../../nbs/study/16g_lowbit_study.ipynb #5cf13b88
 def _called(recipe: StudentRecipe) -> str:
     "A student's name in a line of progress."
     term = '' if recipe.gamma and recipe.alpha else ', labels alone' if recipe.gamma else ', teacher alone'

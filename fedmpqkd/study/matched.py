@@ -19,7 +19,7 @@ from ..core.config import RunConfig
 from ..core.record import Record
 from ..models.vision import build_model, layout
 from ..quant.bits import uniform_bits
-from .records import config_of
+from .records import config_of, image_of
 from ..wire.format import Message, forecast
 from ..wire.messages import downlink_entries
 
@@ -98,7 +98,8 @@ def equal_bytes(
 ) -> Matched:  # the control at the bits that make its bytes equal
     "A control of uniform bits with the bytes of another run, per direction."
     _check_control(record, control)
-    network, target = build_model(control.model, record['data']['classes']), message_bytes(record)
+    network = build_model(control.model, record['data']['classes'], image=image_of(record))
+    target = message_bytes(record)
     size, goal = message_size(network), 2 / (1 / target['down'] + 1 / target['up'])
 
     def matched(bits: tuple[float, ...]) -> Matched:

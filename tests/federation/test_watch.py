@@ -2,12 +2,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from fedmpqkd.core.config import RunConfig, run_id
+from fedmpqkd.core.config import SERVER_RULES, RunConfig, run_id
 from fedmpqkd.core.journal import Journal
 from fedmpqkd.data.images import load_dataset
 from fedmpqkd.federation.methods import make_config
-from fedmpqkd.federation.run import run
+from fedmpqkd.federation.rounds import open_run
+from fedmpqkd.federation.run import play, run
+from fedmpqkd.federation.serverrules import register_server_rule
 from fedmpqkd.federation.watch import CALLBACKS, Callback, Sweep, duration
 
 LINES = [dict(round=t, accuracy=50.0 + t, bytes_up=10 * t, bits=[4, 4]) for t in (1, 2)]
@@ -106,3 +109,27 @@ def test_time_left_counts_what_this_process_computed(monkeypatch):
     sweep.done, sweep.here = sweep.done + 2, 2
     assert sweep.left() == 4.0
     assert [duration(s) for s in (89, 90, 5400)] == ["89 s", "1.5 min", "1.5 h"]
+
+
+def test_a_run_whose_accuracy_collapses_says_so_once(capsys):
+    "From the third round on the server forgets everything; the network then always says the same."
+    calls = []
+    def forgetful(config, old, mean, memory):
+        calls.append(1)
+        return {n: t if len(calls) < 3 else torch.zeros_like(t) for n, t in mean.items()}
+
+    register_server_rule('forgetful', forgetful)
+    config = make_config('fedavg', server_rule='forgetful', partition='iid', **TINY | dict(rounds=6))
+    run, curve = open_run(config, load_dataset('digits').subset(400, 200), workers=1), []
+    try:
+        play(run, curve, until=4)
+        play(run, curve)
+    finally:
+        run.pool.close()
+        del SERVER_RULES['forgetful']
+    best, low = curve[1]['accuracy'], curve[3]['accuracy']
+    assert best > 30 and low < 12
+    said = [text for text in capsys.readouterr().out.splitlines() if 'collapsed' in text]
+    start = f'fedavg, round 4: accuracy has collapsed to {low:.1f} %, from {best:.1f} % in round 2;'
+    assert len(said) == 1 and said[0].startswith(start) and 'lr below 0.05' in said[0]
+    assert 'bits' not in said[0] and 'alpha' not in said[0]
