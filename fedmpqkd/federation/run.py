@@ -106,8 +106,10 @@ def guess_share(
     task: Task,  # any
 ) -> float:  # percent
     "What always saying the most common label gets right; of text, the most common token."
-    labels, targets = task.test_labels, task.train_targets
-    if len(labels.unique()) < 2: labels = targets[targets != IGNORED]
+    labels = task.test_labels.cpu()
+    if len(labels.unique()) < 2:
+        targets = task.train_targets.cpu()
+        labels = targets[targets != IGNORED]
     return 100 * int(labels.unique(return_counts=True)[1].max()) / max(1, len(labels))
 
 # %% ../../nbs/federation/12f_run.ipynb #eb2b10bc

@@ -83,9 +83,16 @@ class AdapterModel(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        "Move the base, too."
-        self.held._apply(fn)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        "Move the base, too: whoever shares it keeps the old one."
+        moved: dict[int, tuple[Any, Any]] = {}
+        def once(t: Tensor) -> Any: return moved.setdefault(id(t), (t, fn(t)))[1]  # tied weights stay tied
+        replace = any(once(p).device != p.device for p in [*self.held.parameters()][:1])
+        before = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(replace or before)
+        try:
+            self.held._apply(once)
+            return super()._apply(once, recurse)  # type: ignore[no-untyped-call]
+        finally: torch.__future__.set_overwrite_module_params_on_conversion(before)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'AdapterModel':
         "Own adapters, the same base."
