@@ -209,6 +209,11 @@ def trained(
 _ALL = ','.join(('none', *SEVEN))
 _DIGITS = dict(dataset='digits', model='resnet8', augments=_ALL, teacher_batch_size=32, batch_size=32,
                others='cnn')
+_STUDY = dict(
+    losses='ce,kd', model='resnet8', teacher_model='resnet20', teacher_epochs=3, teacher_lr=0.2,
+    teacher_precision='bf16', kept='1,2', others='resnet8', score_images=10000, rank_images=5000,
+    spread_epochs=5, test_images=5000, epochs=1, images=2560, batch_size=64, lr=3e-3, quantizer_lr=1.0,
+    precision='bf16', seeds='0,1,2')
 
 EXP4 = Experiment(
     'Experiment 4: the augmentation of low-bit students, chosen by the teacher',
@@ -221,18 +226,14 @@ EXP4 = Experiment(
          mini=dict(train_images=5000, test_images=2000, teacher_epochs=4, kept='', others='', epochs=1,
                    images=2560, bits='2', seeds='0'),
          digits=_DIGITS | dict(teacher_epochs=12, kept='2,4', epochs=4, seeds='0,1,2,3,4', lr=2e-3),
-         study=dict(losses='ce,kd', model='resnet8',
-                    teacher_model='resnet20', teacher_epochs=3, teacher_lr=0.2,
-                    teacher_precision='bf16', kept='1,2', others='resnet8', score_images=10000,
-                    rank_images=5000, spread_epochs=5,
-                    test_images=5000, epochs=1, images=2560, batch_size=64,
-                    lr=3e-3, quantizer_lr=1.0, precision='bf16', seeds='0,1,2'),
+         study=_STUDY,
+         cifar100=_STUDY | dict(dataset='cifar100', bits='4', kept='', others='', losses=''),
          paper=dict(losses='ce,kd', teacher_epochs=720,
                     teacher_augment='cutmix', kept='30,180', others='resnet8',
                     epochs=1200, batch_size=256, seeds='0,1,2,3,4')))
 
 # %% ../../nbs/study/16g_lowbit_study.ipynb #3674410f
-FOR_READERS = ('digits', 'study', 'paper')  # presets whose tables go to the paper's folder
+FOR_READERS = ('digits', 'study', 'cifar100', 'paper')  # presets whose tables go to the paper's folder
 LISTS = {'augments', 'bits', 'seeds', 'kept', 'others', 'losses'}  # separated by commas
 OWN = {*LISTS, 'score_images', 'rank_images'}  # values of the study itself
 ALONE: dict[str, dict[str, Any]] = {'ce': dict(alpha=0.0), 'kd': dict(gamma=0.0)}  # a loss of one term
@@ -325,7 +326,7 @@ def _called(recipe: StudentRecipe) -> str:
 
 # %% ../../nbs/study/16g_lowbit_study.ipynb #239901d0
 def run_study(
-    preset: str = 'auto',  # auto, demo, smoke, mini, digits, study or paper
+    preset: str = 'auto',  # auto, demo, smoke, mini, digits, study, cifar100 or paper
     teacher: str = '',  # a file of weights of your own; '' trains one
     data_dir: str = '',  # where the images are; '' for the usual places
     results_dir: str = '',  # where records go; '' for results/
