@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LOSSES', 'widths', 'accuracies', 'names_of', 'rule', 'seed_interval', 'verdict', 'augmentation_table', 'rules_table',
            'carried_over', 'loss_table', 'ledger', 'plot_study', 'reading_of', 'about', 'page_of', 'write_study',
-           'stored_study']
+           'stored_study', 'across']
 
 # %% ../../nbs/report/17f_lowbit.ipynb #4134aaf8
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -277,3 +278,21 @@ def stored_study(
     students, alone = ([r for r in found if r['kind'] == 'student' and r['recipe'] in map(asdict, recipes)]
                        for recipes in (pieces.students, pieces.alone))
     return Study(preset, own[0], scores, students, alone, {}, {}, root, False)
+
+# %% ../../nbs/report/17f_lowbit.ipynb #183f40ed
+def across(
+    studies: Mapping[str, Study],  # by the name of their data
+) -> pd.DataFrame:  # a row per ordered pair of data sets and width of the students
+    "Do the scores of one data set rank the students of another?"
+    rows = []
+    for a, b in itertools.permutations(studies, 2):
+        own, theirs = rule(studies[a].scores), rule(studies[b].scores)
+        same = [name for name in own if name in theirs]
+        agree = spearman([own[n] for n in same], [theirs[n] for n in same]) if len(same) > 1 else np.nan
+        for bits in widths(studies[b]):
+            frame = accuracies(studies[b], bits)
+            if not frame.shape[1] or not set(frame.index) <= set(own): continue
+            found = verdict(own, frame)
+            rows.append({'M of': a, 'students of': b, 'rho of both M': agree, 'students': _wide(bits)}
+                        | {key: found[key] for key in ('rho', 'n', 'p', 'chosen', 'regret')})
+    return pd.DataFrame(rows)
