@@ -48,6 +48,7 @@ class EmbeddingGradients:
         return counted**2 * self.gradient.float().square().sum(-1)
 
 # %% ../../nbs/learn/09k_sensitivity.ipynb #f91ab39f
+# long: one table in one piece
 class TokenTable:
     "What tokens have been worth so far."
 
