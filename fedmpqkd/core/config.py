@@ -297,6 +297,7 @@ class LanguageConfig:
         '', "'' for images; 'own' is the model's, 'byte-bpe:512' is trained on the training texts")
     text_kind: str = setting('choice', 'what the embedded text is used for; other sets have one kind',
                              one_of('choice', 'class', 'answer', 'text'))
+    text_groups: str = setting('', 'groups of a set that has several, such as languages; empty is all')
     context: int = setting(128, 'tokens of the longest sample; longer ones are counted and left out',
                            interval('[4, inf]', 'at least 4'))
     chat: bool = setting(False, "put prompts into the tokenizer's chat template")

@@ -434,9 +434,9 @@ def load_text(
     if name == 'almanac': return _almanac(kind, template)
     folder = text_folder(name, data_dir)
     inner = sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob('*.parquet')))
+    if unknown := ', '.join(sorted(set(groups) - set(inner))):
+        raise ValueError(f'{name} has no {unknown}; it has {", ".join(inner) or "no groups"}')
     if not inner: return read_set(name, folder, template)
-    if unknown := set(groups) - set(inner):
-        raise ValueError(f'{name} has no {", ".join(sorted(unknown))}; it has {", ".join(inner)}')
     sets = {group: read_set(name, folder / group, template) for group in groups or inner}
     train, test = (tuple(replace(i, group=g) for g, s in sets.items() for i in getattr(s, part))
                    for part in ('train', 'test'))

@@ -142,8 +142,10 @@ _IDLE: tuple[tuple[Any, tuple[str, ...]], ...] = (  # (when nothing of this is u
     (lambda c: c.exchange == 'model', ('public_images', 'public_epochs', 'logits')),
     (lambda c: c.exchange == 'model' or c.logits != 'topk', ('logits_topk',)),
     (lambda c: c.aggregate != 'moshpit', ('grid_axes', 'moshpit_iterations', 'peer_failure', 'hop')),
-    (lambda c: not c.tokenizer, ('text_kind', 'context', 'chat', 'option_score', 'lm_layers', 'lora_rank')),
+    (lambda c: not c.tokenizer, (
+        'text_kind', 'text_groups', 'context', 'chat', 'option_score', 'lm_layers', 'lora_rank')),
     (lambda c: c.dataset != 'almanac', ('text_kind',)),
+    (lambda c: c.dataset == 'almanac', ('text_groups',)),
     (lambda c: not (c.tokenizer and c.lora_rank), (
         'lora_alpha', 'lora_dropout', 'lora_targets', 'lora_heads')))
 

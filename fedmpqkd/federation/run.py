@@ -106,8 +106,10 @@ def guess_share(
     task: Task,  # any
 ) -> float:  # percent
     "What always saying the most common label gets right; of text, the most common token."
-    labels, targets = task.test_labels, task.train_targets
-    if len(labels.unique()) < 2: labels = targets[targets != IGNORED]
+    labels = task.test_labels.cpu()
+    if len(labels.unique()) < 2:
+        targets = task.train_targets.cpu()
+        labels = targets[targets != IGNORED]
     return 100 * int(labels.unique(return_counts=True)[1].max()) / max(1, len(labels))
 
 # %% ../../nbs/federation/12f_run.ipynb #eb2b10bc
@@ -263,6 +265,8 @@ def make_record(
                        test=len(task.test_targets), classes=task.classes),
         summary=summarize(federation, curve), curve=curve, commit=commit(),
         environment=environment(federation.pool.device) | dict(workers=federation.pool.size))
+    earlier = set(federation.machines) - {record['environment']['device']}
+    if earlier: record['environment']['earlier'] = sorted(earlier)
     if size := size_of(task): record['data']['image'] = size
     if c.stress != 'none':
         record['robustness'] = stress_test(federation.pool, states, c.stress, seed=c.seed)
@@ -280,6 +284,7 @@ def resume(
     federation.server.restore(state)
     federation.meter = Meter(**state['meter'])
     federation.memories.last = state['memories']
+    federation.machines = sorted({*federation.machines, *state.get('machines', [])})
     if curve and 'augment' in curve[-1]:
         federation.pool.task = federation.pool.task.augmented(curve[-1]['augment'])
     return curve
@@ -304,7 +309,8 @@ def compute(
 
     def after(lines: list[RoundLine]) -> None:
         if journal:
-            extra = dict(meter=dataclasses.asdict(federation.meter), memories=dict(federation.memories.last))
+            extra = dict(meter=dataclasses.asdict(federation.meter), memories=dict(federation.memories.last),
+                         machines=federation.machines)
             journal.save(federation.server.checkpoint() | extra, lines)
         if progress: progress(lines[-1])
         for callback in callbacks: callback.round(lines[-1])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'option_scores', 'plain_words', 'exact_match', 'rouge_l', 'pieces', 'LanguageData', 'coder_of', 'evenly',
-           'in_tokens', 'language_data', 'load_language', 'trimmed_lengths', 'row_scores', 'LanguageTask']
+           'in_tokens', 'language_data', 'load_language', 'trimmed_lengths', 'portions', 'row_scores', 'LanguageTask']
 
 # %% ../../nbs/learn/09h_language.ipynb #ddde1758
 import hashlib
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.config import RunConfig
+from ..core.config import RunConfig, as_list
 from fedmpqkd.data.text import (
     IGNORED,
     Item,
@@ -205,13 +205,14 @@ def language_data(
                         right, size, groups, train, test, digest, left)
 
 # %% ../../nbs/learn/09h_language.ipynb #80477c71
-_MATTERS = ('dataset', 'text_kind', 'train_images', 'test_images', 'tokenizer', 'context', 'chat',
-            'option_score')
+_MATTERS = ('dataset', 'text_kind', 'text_groups', 'train_images', 'test_images', 'tokenizer', 'context',
+            'chat', 'option_score')
 
 
 @lru_cache(maxsize=2)
 def _loaded(config: RunConfig, data_dir: str) -> LanguageData:
-    text = load_text(config.dataset, data_dir or None, config.text_kind)
+    groups = as_list(config.text_groups)
+    text = load_text(config.dataset, data_dir or None, config.text_kind, groups=groups)
     return language_data(text, config)
 
 
@@ -233,20 +234,31 @@ def trimmed_lengths(
     last = (at * (x >= 0)).amax(-1)
     return (last + 1).clamp(max=x.shape[-1])
 
+# %% ../../nbs/learn/09h_language.ipynb #307a482e
+def portions(
+    longest: Tensor,  # int64 [M]: positions that are needed of each text
+    counts: Tensor,  # int64 [M]: those that count
+    large: bool,  # four times as many tokens, for a GPU, but no more than 4,096 rows of logits
+) -> Iterator[tuple[Tensor, int]]:  # int64 [m]: texts of similar length; positions of the longest
+    "Texts in portions; those in which nothing counts are left out."
+    order = [n for n in torch.argsort(longest, stable=True).tolist() if counts[n]]
+    while order:
+        width = int(longest[order[-1]])
+        take = max(1, (16384 if large else 4096) // width)
+        if large: take = min(take, max(1, 4096 // int(counts[order[-take:]].max())))
+        yield torch.tensor(order[-take:]), width
+        order = order[:-take]
+
 # %% ../../nbs/learn/09h_language.ipynb #42562a9a
 def row_scores(
     model: Callable[[Tensor], Tensor],  # marked ids to logits
     x: Tensor,  # int64 [M, T], marked
-    tokens: int = 4096,  # in one portion, padding included
 ) -> Tensor:  # float [M, 3]: negative log-likelihood, tokens, tokens that are the most likely ones
     "What a model says of each text; zeros where nothing is predicted."
     found = torch.zeros(len(x), 3, device=x.device)
-    longest, real = trimmed_lengths(x), (x >= 0).any(-1)
-    order = [n for n in torch.argsort(longest, stable=True).tolist() if real[n]]
-    while order:
-        take = max(1, tokens // int(longest[order[-1]]))
-        part, order = torch.tensor(order[-take:], device=x.device), order[:-take]
-        rows = x[part, :int(longest[part].max())]
+    for part, width in portions(trimmed_lengths(x).cpu(), (x >= 0).sum(-1).cpu(), x.device.type != 'cpu'):
+        part = part.to(x.device)
+        rows = x[part, :width]
         labels = counted(rows)[1]
         counts, wanted = labels != IGNORED, labels.clamp(min=0)
         logits = model(rows).float()
@@ -291,7 +303,7 @@ class LanguageTask(Task):
 
     def batch(self, index: Tensor, *view: Tensor) -> tuple[Tensor, Tensor]:
         "Marked ids [B, T] and the labels that count [B, L], both as long as the longest of the batch."
-        x = self.train_samples[index]
+        x = self.train_samples[index.to(self.device)]
         x = x[:, :int(trimmed_lengths(x).max())]
         return x, counted(x)[1]
 

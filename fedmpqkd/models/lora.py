@@ -73,9 +73,9 @@ class AdapterModel(nn.Module):
             at = at.get_submodule(part)
         at.add_module(leaf, module)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         "Logits [..., L, V] of marked ids [..., T]."
-        return counted_logits(self.held.get_base_model(), x, self.plain_head)
+        return counted_logits(self.held.get_base_model(), x, self.plain_head, positions)
 
     def train(self, mode: bool = True) -> 'AdapterModel':
         "Adapters and base in one mode."
@@ -83,9 +83,16 @@ class AdapterModel(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        "Move the base, too."
-        self.held._apply(fn)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        "Move the base, too: whoever shares it keeps the old one."
+        moved: dict[int, tuple[Any, Any]] = {}
+        def once(t: Tensor) -> Any: return moved.setdefault(id(t), (t, fn(t)))[1]  # tied weights stay tied
+        replace = any(once(p).device != p.device for p in [*self.held.parameters()][:1])
+        before = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(replace or before)
+        try:
+            self.held._apply(once)
+            return super()._apply(once, recurse)  # type: ignore[no-untyped-call]
+        finally: torch.__future__.set_overwrite_module_params_on_conversion(before)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'AdapterModel':
         "Own adapters, the same base."

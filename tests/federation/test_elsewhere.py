@@ -30,6 +30,7 @@ DISTINCT = ['fedprox', 'uveqfed', 'fedpq', 'aqfl', 'fedkd', 'fedmd', 'feddf', 'f
 RARER = [dict(stress='all'), dict(label_noise=0.2), dict(validation=0.2, act_bits=4),
          dict(warm_start='fedavg:1')]
 aten = torch.ops.aten
+ASKS = aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default  # for a number
 
 
 class Elsewhere(TorchDispatchMode):
@@ -43,7 +44,7 @@ class Elsewhere(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         if self.recording and any(not t.is_meta for t in tensors):
             raise AssertionError(f'{func} uses memory of the host while recording')
-        if func is aten._local_scalar_dense.default and tensors[0].is_meta:
+        if func in ASKS and tensors[0].is_meta:
             return self.wait(tensors[0].dtype != torch.bool)
         if func is aten._to_copy.default:
             home = kwargs.get('device') is not None and torch.device(kwargs['device']).type == 'cpu'

@@ -153,3 +153,21 @@ def test_one_batch_without_a_teacher_is_the_labels_alone(facts):
     plain = learned_from(twins[0], c, None, nobody, 0)
     empty = learned_from(twins[1], c, target, nobody, 0)
     assert empty == pytest.approx(0.9 * plain, rel=1e-6)
+
+
+def test_two_processes_share_a_study(tmp_path, monkeypatch):
+    "A run that somebody holds is passed over; the other one is computed first."
+    import fedmpqkd.study.mkt as study
+    from fedmpqkd.core.journal import WorkingFolder
+    fields, done = dict(results_dir=str(tmp_path), public=8, private=4, test=8, rounds=1, wait=0.01), []
+    held, other = plan_mkt("smoke", "standalone,zero-shot", "0", public=8, private=4, test=8, rounds=1)
+    real = study.play_mkt
+    monkeypatch.setattr(study, "play_mkt", lambda t, c, device: done.append(c.method) or real(t, c, device))
+    folder = tmp_path / "exp6" / "smoke" / "pieces"
+    claim = WorkingFolder(folder / "_work" / f"standalone_seed=0_{held.identity}").claim()
+    claim.__enter__()
+    monkeypatch.setattr(study, "_wait_for", lambda *a: claim.__exit__(None, None, None))
+    records = run_mkt("smoke", "standalone,zero-shot", "0", **fields)
+    assert done == ["zero-shot", "standalone"]
+    assert [r["config"]["method"] for r in records] == ["standalone", "zero-shot"]
+    assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".json"]
