@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core.config import CLIENT_TERMS, RunConfig, run_id
 from ..core.journal import Damaged, sealed, unseal, write_atomic
+from ..core.machine import environment
 from ..core.record import RoundLine
 from ..core.streams import rng
 from ..data.labelnoise import noisy_clients, noisy_labels
@@ -132,6 +133,7 @@ class Run:
     memories: Memories
     validation: Tensor  # int64, training samples that nobody trains on
     warm: dict[str, Any]  # what the start has cost
+    machines: list[str] = dataclasses.field(default_factory=list)  # that have computed rounds of it
     meter: Meter = dataclasses.field(default_factory=Meter)
     noisy: bool = False  # have labels been replaced?
 
@@ -180,7 +182,8 @@ def open_run(
     control = {CONTROL + n: t for n, t in server.control.items()}
     term_of(pool.replica, config, {}, control)  # can it work with this network?
     memories = Memories(folder, run_id(config, task.fingerprint))
-    run = Run(config, pool, server, parts, memories, validation, start.cost)
+    here = environment(device)['device']
+    run = Run(config, pool, server, parts, memories, validation, start.cost, machines=[here])
     run.meter.add_manifest(server.manifest.encode())
     return run
 

@@ -265,6 +265,8 @@ def make_record(
                        test=len(task.test_targets), classes=task.classes),
         summary=summarize(federation, curve), curve=curve, commit=commit(),
         environment=environment(federation.pool.device) | dict(workers=federation.pool.size))
+    earlier = set(federation.machines) - {record['environment']['device']}
+    if earlier: record['environment']['earlier'] = sorted(earlier)
     if size := size_of(task): record['data']['image'] = size
     if c.stress != 'none':
         record['robustness'] = stress_test(federation.pool, states, c.stress, seed=c.seed)
@@ -282,6 +284,7 @@ def resume(
     federation.server.restore(state)
     federation.meter = Meter(**state['meter'])
     federation.memories.last = state['memories']
+    federation.machines = sorted({*federation.machines, *state.get('machines', [])})
     if curve and 'augment' in curve[-1]:
         federation.pool.task = federation.pool.task.augmented(curve[-1]['augment'])
     return curve
@@ -306,7 +309,8 @@ def compute(
 
     def after(lines: list[RoundLine]) -> None:
         if journal:
-            extra = dict(meter=dataclasses.asdict(federation.meter), memories=dict(federation.memories.last))
+            extra = dict(meter=dataclasses.asdict(federation.meter), memories=dict(federation.memories.last),
+                         machines=federation.machines)
             journal.save(federation.server.checkpoint() | extra, lines)
         if progress: progress(lines[-1])
         for callback in callbacks: callback.round(lines[-1])

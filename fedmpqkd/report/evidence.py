@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIALS', 'Records', 'COSTS', 'PAIRS', 'MARGIN', 'ordinary', 'Runs', 'gather', 'gather_tried', 'runs_frame', 'table',
            'escape', 'to_markdown', 'to_latex', 'latex_panels', 'robustness_table', 'plot_curves', 'plot_both',
-           'figure_pdf', 'curves_pdf', 'comparisons', 'extra_time']
+           'figure_pdf', 'curves_pdf', 'comparisons', 'at_round', 'extra_time']
 
 # %% ../../nbs/report/17_evidence.ipynb #38e74720
 import io
@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..core.record import Record
 from ..evaluate.attacks import EPSILONS, TRANSFER
+from ..evaluate.metrics import headline
 from ..evaluate.statistics import detectable, equivalence_test, holm, paired_test
 from ..federation.methods import RECIPES
 from ..study.records import check_comparable
@@ -382,6 +383,20 @@ def comparisons(
         row['verdict'] = _verdict(row['a'], row['b'], row)
     return pd.DataFrame(rows, columns=['a', 'b', 'n', 'seeds', 'difference', 'ci_low', 'ci_high', 'p',
                                        'p_holm', 'sign_flip_p', 'equivalence_holm', 'detectable', 'verdict'])
+
+# %% ../../nbs/report/17_evidence.ipynb #46b720dd
+def at_round(
+    runs: Sequence[Mapping[str, Any]],  # with a config and a curve: records, or what was stopped
+    round: int,  # that all of them have reached
+) -> pd.DataFrame:  # percent, mean of the five rounds up to it: a row per seed, a column per method
+    "What runs of any length had reached by then."
+    short = [r for r in runs if len(r['curve']) < round]
+    if short:
+        c = short[0]['config']
+        raise ValueError(f"{c['method']} (seed {c['seed']}) has {len(short[0]['curve'])} rounds, not {round}")
+    rows = [dict(method=r['config']['method'], seed=r['config']['seed'],
+                 accuracy=headline([line['accuracy'] for line in r['curve'][:round]])) for r in runs]
+    return pd.DataFrame(rows).pivot(index='seed', columns='method', values='accuracy')
 
 # %% ../../nbs/report/17_evidence.ipynb #d8dcadf0
 def extra_time(

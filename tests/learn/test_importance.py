@@ -1,10 +1,13 @@
 "Importance of coordinates: closed forms, and whole runs in which it is measured."
 import dataclasses
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from samples import dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedmpqkd.core.config import RunConfig
 from fedmpqkd.federation.methods import make_config
@@ -161,3 +164,78 @@ def test_the_server_refuses_what_was_not_agreed():
         receive(run.server, encode(plain, run.server.manifest), 0)
     receive(run.server, data, 0)
     run.pool.close()
+
+
+class Peak(TorchDispatchMode):
+    "Bytes of tensors that are alive at once, as far as operators make them."
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if not isinstance(t, torch.Tensor): continue
+            storage = t.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self.seen: continue
+            self.seen.add(key)
+            self.now, self.most = self.now + size, max(self.most, self.now + size)
+            weakref.finalize(storage, self.gone, key, size)
+        return out
+
+    def gone(self, key, size):
+        self.seen.discard(key)
+        self.now -= size
+
+
+def test_the_meter_of_memory():
+    with Peak() as peak:
+        a = torch.zeros(1000)
+        b = a + 1
+        del a
+        c = b.view(10, 100) * 2
+    assert peak.most == 8000 and peak.now == 8000 and len(c) == 10
+
+
+def test_peak_memory_stays_below_one_and_a_half_steps():
+    task, model = VisionTask(dataset()), tiny(4)
+    names = [n for n, p in model.named_parameters()]
+    index = torch.arange(16)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    with Peak() as step:
+        x, y = task.plain(index)
+        task.loss(model.train()(x), y).backward()
+        optimizer.step()
+    with Peak() as fisher: example_fisher(model, task, names, torch.arange(21), chunk=16)
+    assert fisher.most < 1.5 * step.most
+
+
+def test_texts_whose_positions_count_differently_take_turns():
+    "Only some positions of a text are predicted: torch.func cannot, and a run with the oracle goes on."
+    pytest.importorskip('transformers')
+    pytest.importorskip('peft')
+    from fedmpqkd.learn.language import LanguageTask, load_language
+    fields = dict(dataset='almanac', text_kind='answer', model='gpt-tiny', tokenizer='byte-bpe:300',
+                  lora_rank=2, clients=2, rounds=1, batch_size=4, update_share=.2, eval_images=0)
+    config = make_config('fedavg-oracle', **fields)
+    data = load_language(config)
+    run = open_run(config, data, workers=1)
+    assert run_round(run, 0)['failed'] == {}
+    task, model = LanguageTask(data), run.pool.replica.model
+    names = list(run.pool.replica.layout.quantized)
+    found = example_fisher(model, task, names, torch.arange(3))
+    total, own = [0.] * len(names), dict(model.named_parameters())
+    model.eval()
+    for i in range(3):
+        model.zero_grad()
+        x, y = task.plain(torch.tensor([i]))
+        task.loss(model(x), y).backward()
+        total = [t + own[n].grad.square() / 3 for t, n in zip(total, names, strict=True)]
+    for a, b in zip(found, total, strict=True): assert torch.allclose(a, b, rtol=1e-4, atol=1e-12)
+    with Peak() as step:
+        x, y = task.plain(torch.arange(4))
+        task.loss(model.train()(x), y).backward()
+    with Peak() as fisher: example_fisher(model, task, names, torch.arange(8), chunk=4)
+    assert fisher.most < 1.5 * step.most

@@ -118,6 +118,7 @@ def test_folding_and_bf16_change_a_teacher_little():
     (dict(augments='none,blur'), "unknown augmentation 'blur'"), (dict(bits='0'), 'must be 1 to 8'),
     (dict(bits='2,9'), 'weight_bits=9'), (dict(gama=1), "did you mean 'gamma'"),
     (dict(quantizer='pact'), 'allowed are lsq, ewgs, dorefa'), (dict(augments='none,none'), 'one twice'),
+    (dict(losses='mse'), 'allowed are ce, kd'),
     (dict(temperature=0), 'above 0'),
     (dict(spread_epochs=1), '0 or at least 2'), (dict(epochs='many'), 'epochs')])
 def test_what_is_wrong_is_said_before_anything_is_computed(given, words):
