@@ -6,8 +6,8 @@
 __all__ = ['Facts', 'NUMBER', 'COLUMNS', 'VERSUS', 'MANUSCRIPT', 'Fact', 'numbers', 'behind', 'Study', 'load_study', 'load_small',
            'load_axis', 'setting_facts', 'method_facts', 'work_facts', 'compared', 'verdict_text', 'pair_facts',
            'table_fact', 'aligned', 'table_facts', 'study_facts', 'axis_facts', 'count', 'verdict_facts', 'finding',
-           'criteria_facts', 'hypothesis_facts', 'claim_facts', 'published_facts', 'audit_facts', 'deviation_facts',
-           'all_facts']
+           'criteria_facts', 'hypothesis_facts', 'early_facts', 'claim_facts', 'published_facts', 'audit_facts',
+           'deviation_facts', 'all_facts']
 
 # %% ../../nbs/report/18a_facts.ipynb #e631875c
 import json
@@ -22,6 +22,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.record import Record
+from ..evaluate.statistics import paired_test
 from ..models.vision import build_model, quantized_names
 from .captions import caption, hardware, robustness_caption
 from .claims import PAPER, beside_the_paper
@@ -29,6 +30,7 @@ from fedmpqkd.report.evidence import (
     MARGIN,
     PAIRS,
     Runs,
+    at_round,
     comparisons,
     extra_time,
     gather,
@@ -41,7 +43,7 @@ from .hypotheses import hypotheses
 from .readings import in_settings, planned, pre_declared
 from ..study.axes import axis_points
 from ..study.experiments import CITED, EXPERIMENTS, plan, tuned_values
-from ..study.records import config_of, load_records
+from ..study.records import config_of, load_records, load_stopped
 
 # %% ../../nbs/report/18a_facts.ipynb #0b168e4b
 @dataclass(frozen=True)
@@ -486,6 +488,31 @@ def hypothesis_facts(
         parts |= {f'{r.hypothesis}, {key}': Fact(text, how, files) for key, text in numbers.items()}
     return {'hypotheses.table': Fact('\n'.join(rows), how, files, parts)}
 
+# %% ../../nbs/report/18a_facts.ipynb #a5afa821
+def early_facts(
+    results: Path,  # results folder
+    name: str = 'exp1', preset: str = 'paper',  # where runs were stopped
+) -> Facts:  # empty where none was
+    "Runs that were stopped, next to finished ones, at the last round that all have reached."
+    done, cut = load_records(results, name, preset), load_stopped(results, name, preset)
+    if not cut: return {}
+    folder = Path(name, preset)
+    files = tuple(str(folder / p.name) for p in sorted((results / folder).glob('*.json'))) + tuple(
+        str(folder / 'stopped' / p.name) for p in sorted((results / folder / 'stopped').glob('*.jsonl')))
+    last = min(len(r['curve']) for r in (*done, *cut))
+    reached = at_round([*done, *cut], last)
+    said = {'round': str(last), 'machine': ', '.join(sorted({m for r in cut for m in r['machines']})),
+            'n': str(len(reached))}
+    said |= {f'{m}.accuracy': f'{reached[m].mean():.1f} ± {reached[m].std():.1f}' for m in reached}
+    for method in {r['config']['method'] for r in done}:
+        ends = pd.Series([r['summary']['accuracy'] for r in done if r['config']['method'] == method])
+        said[f'{method}.end'] = f'{ends.mean():.1f} ± {ends.std():.1f}'
+    pair = paired_test(reached['fedmpq-kd'], reached['fedmpq'])
+    between = f'{pair["ci_low"]:.1f} to {pair["ci_high"]:.1f}'
+    said['kd'] = f'{pair["difference"]:+.1f} points ({between}; {pair["verdict"].split(" (")[0]})'
+    how = f'accuracy in percent, mean of five rounds up to round {last}; end: of the finished runs'
+    return {f'early.{key}': Fact(text, how, files) for key, text in said.items()}
+
 # %% ../../nbs/report/18a_facts.ipynb #26f1b7a5
 _QUOTED = {  # name -> the number, and the words of the manuscript
     'ablation': ('82.0', 'The -KD ablation reverts to 82.0 ± 0.4 %'),
@@ -605,7 +632,7 @@ def all_facts(
     named += load_small(results)
     axes = {axis: load_axis(results, axis) for axis in ('start', 'statistics')}
     points = list({s.files(): s for found in axes.values() for s in found}.values())
-    found = claim_facts() | published_facts() | audit_facts() | deviation_facts(root)
+    found = claim_facts() | published_facts() | audit_facts() | deviation_facts(root) | early_facts(results)
     for study in named: found |= study_facts(study)
     for axis, studies in axes.items(): found |= axis_facts(axis, studies)
     for study in (*named, *(s for studies in axes.values() for s in studies)):

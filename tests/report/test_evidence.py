@@ -476,7 +476,7 @@ def test_bits_are_measured():
     assert "4 bits a weight in 1.9 % of the weights, the others fp32," in captions.caption([few])
     few["summary"] |= dict(quantised_share=0.98, bits_mean=2.5)
     assert "4 bits a weight (measured: 2.50)," in captions.caption([few])
-    sizes, everything = captions._sizes("resnet20", 10)
+    sizes, everything = captions._sizes("resnet20", 10, (3, 32, 32))
     # by hand, 3x3 convolutions: 3-16, six 16-16, 16-32, five 32-32, 32-64, five 64-64; and the last layer
     assert sum(sizes) == 9 * (48 + 6 * 256 + 512 + 5 * 1024 + 2048 + 5 * 4096) + 640 < everything
     asked["curve"][-1]["bits"] = [2] * len(sizes)
