@@ -244,3 +244,10 @@ def test_refresh_twice_changes_nothing(copy: Path):
     first, second = cells(path)
     assert first["outputs"][0]["data"]["text/plain"] == ["42"] and first["execution_count"] is None
     assert second["outputs"] == []
+
+
+def test_the_readme_installs_the_pytorch_that_the_constraints_keep():
+    "Another version would be replaced in the next line, by one with CUDA."
+    pins = set((ROOT / "constraints.txt").read_text().split())
+    named = re.findall(r"\btorch(?:vision)?==[\d.]+", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(named) == 2 and set(named) <= pins

@@ -252,7 +252,7 @@ def _stack(split: str, images: list[np.ndarray]) -> torch.Tensor:
     for i, p in enumerate(pixels):
         if p.shape != pixels[0].shape:
             raise ValueError(f'{split} image {i}: {list(p.shape)} where image 0 is {list(pixels[0].shape)}; '
-                             'torchvision.transforms.Resize((64, 64)) makes one size')
+                             'size=64 of a reader, or torchvision.transforms.Resize((64, 64)) makes one size')
     return torch.from_numpy(np.stack(pixels))
 
 def _stacked(split: str, images: Any) -> torch.Tensor:
@@ -295,7 +295,8 @@ def _samples(
     images, labels = [], []
     for i, row in enumerate(rows):
         if not isinstance(row, (tuple, list)) or len(row) != 2:
-            raise ValueError(f'{split} sample {i}: needs a pair of image and label, not {type(row).__name__}')
+            raise ValueError(f'{split} sample {i}: needs a pair of image and label, not '
+                             f'{type(row).__name__}; arrays come as (train_x, train_y, test_x, test_y)')
         images.append(_channels_first(row[0], f'{split} image {i}'))
         labels.append(row[1])
     if images and listed and (_channels_first(data[0][0], f'{split} image 0') != images[0]).any():

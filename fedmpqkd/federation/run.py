@@ -43,7 +43,7 @@ from .selection import select
 from .server import deployed
 from .trials import stress_test
 from .warmstart import starting_point
-from .watch import Callback, Progress, say
+from .watch import Callback, Progress, run_name, say
 from ..learn.task import Task
 from ..wire.format import Meter
 
@@ -77,14 +77,14 @@ def test_parts(
 
 # %% ../../nbs/federation/12f_run.ipynb #0bb1d09b
 def _tell_emptied(
-    method: str,  # whose run
+    name: str,  # of the run
     line: RoundLine,  # of this round
     curve: list[RoundLine],  # of the rounds before
 ) -> None:
     "Say once that clients start from a model of which a third hardly holds anything."
     if line.get('emptied', 0) <= 1 / 3 or any(past.get('emptied', 0) > 1 / 3 for past in curve): return
     share = f"{100 * line['emptied']:.0f} %"
-    say(f"{method}, round {line['round']}: {share} of the weights are in layers of which "
+    say(f"{name}, round {line['round']}: {share} of the weights are in layers of which "
         'over 95 % are zero: a large layer has too few bits (see the page quant/06_bits)')
 
 # %% ../../nbs/federation/12f_run.ipynb #c97f2cf1
@@ -135,13 +135,13 @@ def _tell_collapse(
     accuracies = [past['accuracy'] for past in [*curve, line]]
     if collapse_at(accuracies, chance) != len(curve): return
     best = max(range(len(curve)), key=accuracies.__getitem__)
-    say(f"{config.method}, round {line['round']}: accuracy has collapsed to {line['accuracy']:.1f} %, from "
-        f"{accuracies[best]:.1f} % in round {curve[best]['round']}; worth a trial: "
+    say(f"{run_name(config)}, round {line['round']}: accuracy has collapsed to {line['accuracy']:.1f} %, "
+        f"from {accuracies[best]:.1f} % in round {curve[best]['round']}; worth a trial: "
         f"{', '.join(remedies(config))} (see the page federation/12f_run)")
 
 def _warn(run: Run, line: RoundLine, curve: list[RoundLine]) -> None:
     "Say what has gone wrong in a round, once."
-    _tell_emptied(run.config.method, line, curve)
+    _tell_emptied(run_name(run.config), line, curve)
     _tell_collapse(run.config, line, curve, guess_share(run.pool.task))
 
 # %% ../../nbs/federation/12f_run.ipynb #bfb23997

@@ -66,10 +66,11 @@ def hub(name: str = 'transformers') -> Any:
 def hidden_states(
     causal: Any,  # of `transformers`
     ids: Tensor,  # int64 [N, T]
+    positions: Tensor | None = None,  # int64 [N, T]; None: 0, 1, 2, ...
 ) -> Tensor:  # [N, T, H]
     "What the head is applied to."
     trunk = getattr(causal, causal.base_model_prefix)
-    states: Tensor = trunk(input_ids=ids, use_cache=False).last_hidden_state
+    states: Tensor = trunk(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
     return states
 
 
@@ -87,16 +88,18 @@ def counted_logits(
     causal: Any,  # of `transformers`
     x: Tensor,  # int64 [..., T], from `marked`
     plain_head: bool = True,  # False: the model's own forward pass, and a selection afterwards
+    positions: Tensor | None = None,  # int64 [..., T], of a text from which tokens were taken out
 ) -> Tensor:  # [..., L, V]
     "Logits where a prediction counts, without gaps; behind a text's last one, those of its first position."
     rows = x.flatten(0, -2)
     at = counted(rows)[0][..., None]  # [N, L, 1]
     ids = unmarked(rows)[0]
+    where = None if positions is None else positions.flatten(0, -2)
     if plain_head:
-        states = hidden_states(causal, ids)
+        states = hidden_states(causal, ids, where)
         logits = causal.get_output_embeddings()(states.gather(1, at.expand(-1, -1, states.shape[-1])))
     else:
-        logits = causal(input_ids=ids, use_cache=False).logits
+        logits = causal(input_ids=ids, position_ids=where, use_cache=False).logits
         logits = logits.gather(1, at.expand(-1, -1, logits.shape[-1]))
     found: Tensor = logits.unflatten(0, tuple(x.shape[:-1]))
     return found
@@ -110,9 +113,9 @@ class LanguageModel(nn.Module):
         self.plain_head = has_plain_head(causal)
         self.causal = causal.train()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         "Logits [..., L, V] of marked ids [..., T]."
-        return counted_logits(self.causal, x, self.plain_head)
+        return counted_logits(self.causal, x, self.plain_head, positions)
 
 # %% ../../nbs/models/04a_language.ipynb #184ebadc
 GPTS = {  # width, layers, heads, width of the feed-forward layers

@@ -73,9 +73,9 @@ class AdapterModel(nn.Module):
             at = at.get_submodule(part)
         at.add_module(leaf, module)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         "Logits [..., L, V] of marked ids [..., T]."
-        return counted_logits(self.held.get_base_model(), x, self.plain_head)
+        return counted_logits(self.held.get_base_model(), x, self.plain_head, positions)
 
     def train(self, mode: bool = True) -> 'AdapterModel':
         "Adapters and base in one mode."

@@ -254,7 +254,11 @@ def _made(
     if not isinstance(model, nn.Module):
         raise ValueError(f'model {name!r}: the factory returned {type(model).__name__}, not an nn.Module')
     if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
-        with torch.no_grad(): model.eval()(torch.zeros(2, *image))
+        try:
+            with torch.no_grad(): model.eval()(torch.zeros(2, *image))
+        except RuntimeError as why:
+            told = 'a factory with a parameter `image` is told what comes'
+            raise ValueError(f'model {name!r} fails on images of {list(image)}: {why}; {told}') from why
         model.train()
     return model
 

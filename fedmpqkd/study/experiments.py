@@ -484,6 +484,8 @@ def _prepare(
     experiment = EXPERIMENTS[name]
     preset, why = choose_preset(experiment, preset, device, data_dir)
     given = {k: v for k, v in values.items() if v not in (None, '')}
+    if preset == 'demo' and why != 'as asked' and 'dataset' in given:
+        why = f"no GPU: the scale of the embedded digits, with {given['dataset']}"
     wanted = experiment.fields | experiment.presets[preset] | given
     asked = precision or wanted.get('precision', 'auto')
     precision = choose_precision(asked, device, str(wanted['model']))

@@ -53,9 +53,12 @@ def list_models(
     classes: int = 10,  # of the data
 ) -> pd.DataFrame:  # name, parameters, quantised: percent of the parameters
     "The networks that `model` may name."
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in model_names():
-        model = build_model(name, classes)
+        try: model = build_model(name, classes)
+        except ValueError:
+            rows.append(dict(name=name, parameters='', quantised='not for images of 3x32x32'))
+            continue
         number, quantised = count_parameters(model), sum(layout(model).sizes())
         rows.append(dict(name=name, parameters=number, quantised=f'{100 * quantised / number:.1f} %'))
     return pd.DataFrame(rows)
@@ -90,8 +93,9 @@ def list_records(
     for folder in sorted({p.parent for p in root.glob('*/*/*.json')}):
         found = [config_of(r) for r in load_records(root, folder.parent.name, folder.name)]
         if not found: continue
-        methods, seeds = (list(dict.fromkeys(getattr(c, f) for c in found)) for f in ('method', 'seed'))
+        methods, seeds, data = (list(dict.fromkeys(getattr(c, f) for c in found))
+                                for f in ('method', 'seed', 'dataset'))
         rows.append(dict(folder=folder.relative_to(root).as_posix(), runs=len(found),
                          seeds=','.join(map(str, sorted(seeds))), rounds=max(c.rounds for c in found),
-                         data=found[0].dataset, methods=', '.join(methods)))
+                         data=', '.join(data), methods=', '.join(methods)))
     return pd.DataFrame(rows, columns=['folder', 'runs', 'seeds', 'rounds', 'data', 'methods'])

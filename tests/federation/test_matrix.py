@@ -240,4 +240,4 @@ def test_a_run_whose_largest_layer_is_emptied_says_so_once(capsys):
     finally: run.pool.close()
     assert [line['emptied'] for line in curve] == pytest.approx([1152 / 1624] * 3)
     said = [text for text in capsys.readouterr().out.splitlines() if 'over 95 % are zero' in text]
-    assert len(said) == 1 and said[0].startswith('fedmpq, round 1: 71 % of the weights')
+    assert len(said) == 1 and said[0].startswith('fedmpq seed 0, round 1: 71 % of the weights')

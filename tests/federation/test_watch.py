@@ -130,6 +130,6 @@ def test_a_run_whose_accuracy_collapses_says_so_once(capsys):
     best, low = curve[1]['accuracy'], curve[3]['accuracy']
     assert best > 30 and low < 12
     said = [text for text in capsys.readouterr().out.splitlines() if 'collapsed' in text]
-    start = f'fedavg, round 4: accuracy has collapsed to {low:.1f} %, from {best:.1f} % in round 2;'
+    start = f'fedavg seed 0, round 4: accuracy has collapsed to {low:.1f} %, from {best:.1f} % in round 2;'
     assert len(said) == 1 and said[0].startswith(start) and 'lr below 0.05' in said[0]
     assert 'bits' not in said[0] and 'alpha' not in said[0]

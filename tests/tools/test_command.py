@@ -47,6 +47,8 @@ def test_an_experiment_prints_its_table_and_writes_its_files(command: str, table
     ("exp1 --methods", "requires an argument"), ("exp1 --methods --seeds 1", "needs a value"),
     ("exp1 --seeds 1 --seeds=2", "--seeds is there twice"), ("exp1 --seeds a", "Error: seed='a'"),
     ("exp1 --train_images 5 --train-images 6", "--train-images is there twice"),
+    ("exp4 --preset huge", "allowed are auto"), ("exp4 --bits 2 --bits 3", "--bits is there twice"),
+    ("exp4 --rounds 3", "No such option '--rounds'"), ("exp4 --fields epoch=3 --preset smoke", "epoch"),
     ("exp3 --rounds x", "rounds='x'"), ("exp1 --optimizer adm", "allowed are sgd, adamw"),
     ("exp1 --results_dir settings.ini --preset smoke", "settings.ini"),
     ("exp1 --preset smoke --methods fedmpq --assignment uniform", "use fedmpq-uniform"),
@@ -89,7 +91,7 @@ def test_a_shell_completes_commands_options_and_choices():
         shell = ShellComplete(cli, {}, "fedmpqkd", "_FEDMPQKD_COMPLETE")
         return [item.value for item in shell.get_completions(before, last)]
 
-    assert completed("exp") == ["exp1", "exp2", "exp3", "export"]
+    assert completed("exp") == ["exp1", "exp2", "exp3", "exp4", "export"]
     assert completed("exp1 --rounding-u") == ["--rounding-up"]
     assert completed("exp1 --rounding-up st") == ["stochastic"]
 
@@ -99,6 +101,7 @@ from torch import nn
 from fedmpqkd.federation.methods import register_method
 from fedmpqkd.models.vision import register_model
 register_model('mine', lambda classes: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, classes)))
+register_model('grey', lambda n: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.LazyLinear(n)))
 register_method('fedmpq-two', base='fedmpq', bits=2)
 """
 
@@ -106,6 +109,7 @@ register_method('fedmpq-two', base='fedmpq', bits=2)
 def test_lists_know_what_a_plugin_registers(tmp_path: Path):
     (tmp_path / "lab.py").write_text(PLUGIN)
     models = said("models", "--plugins", "lab.py").output
+    assert re.search(r"^grey +not for images of 3x32x32$", models, re.M)
     assert re.search(r"^mine +30,730 ", models, re.M) and re.search(r"^cnn +10,266 ", models, re.M)
     assert re.search(r"^fedmpq-two +fedmpq +bits=2$", said("methods", "--plugins", "lab.py").output, re.M)
     assert re.search(r"^digits +embedded +10 ", said("data").output, re.M)
