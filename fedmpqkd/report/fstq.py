@@ -20,9 +20,9 @@ from ..evaluate.network import spent_until
 from ..evaluate.statistics import holm, paired_test
 from .claims import fstq_ledger
 from .evidence import figure_pdf
+from .language import to_lines
 from ..study.experiments import Outcome
 from ..study.fstq import BUDGETS, uniform_bits
-from ..study.language import to_lines
 
 # %% ../../nbs/report/17h_fstq.ipynb #155d1191
 def budget_of(

@@ -137,9 +137,9 @@ def test_what_cannot_work_is_refused(facts, fields, message):
 
 def test_runs_are_found_again(tmp_path):
     fields = dict(results_dir=str(tmp_path), public=8, private=4, test=8, rounds=1)
-    first = run_mkt("smoke", "standalone", "0", **fields)
+    first = run_mkt("smoke", "standalone", "0", **fields).records
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")}
-    assert run_mkt("smoke", "standalone", "0", **fields) == first and len(before) == 1
+    assert run_mkt("smoke", "standalone", "0", **fields).records == first and len(before) == 1
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")} == before
     assert len({c.identity for c in plan_mkt("study-a")}) == 25
 
@@ -167,7 +167,7 @@ def test_two_processes_share_a_study(tmp_path, monkeypatch):
     claim = WorkingFolder(folder / "_work" / f"standalone_seed=0_{held.identity}").claim()
     claim.__enter__()
     monkeypatch.setattr(study, "_wait_for", lambda *a: claim.__exit__(None, None, None))
-    records = run_mkt("smoke", "standalone,zero-shot", "0", **fields)
+    records = run_mkt("smoke", "standalone,zero-shot", "0", **fields).records
     assert done == ["zero-shot", "standalone"]
     assert [r["config"]["method"] for r in records] == ["standalone", "zero-shot"]
     assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".json"]

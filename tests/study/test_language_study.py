@@ -6,8 +6,12 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from fedmpqkd.study.language import LANGUAGE, language_table, pairs, run_language  # noqa: E402
-from fedmpqkd.study.mkt import mkt_pairs, mkt_table, run_mkt  # noqa: E402
+from fedmpqkd.core.journal import project_root  # noqa: E402
+from fedmpqkd.report.language import language_table, pairs, stored_language, write_language  # noqa: E402
+from fedmpqkd.report.mkt import mkt_pairs, mkt_table, write_mkt  # noqa: E402
+from fedmpqkd.study import mkt as study  # noqa: E402
+from fedmpqkd.study.language import LANGUAGE, run_language  # noqa: E402
+from fedmpqkd.study.mkt import MktOutcome, plan_mkt, run_mkt, stored_mkt  # noqa: E402
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
@@ -24,10 +28,33 @@ def test_smoke(name, tmp_path):
     if name == "exp5": assert (table["bits per byte"] < 8.5).all()
     both = pairs(records, "fedmpq-kd", "fedmpq", metric)
     assert both.n.tolist() == [1, 1] and math.isnan(both.ci_low[0])
+    stored = stored_language(name, "smoke", tmp_path)
+    assert {b: sorted(r["id"] for r in some) for b, some in stored.items()} == {
+        b: sorted(r["id"] for r in some) for b, some in records.items()}
+    for outcome in outcomes.values(): outcome.root = tmp_path
+    told, drawn = write_language(name, outcomes)
+    assert told == tmp_path / "runs" / "generated" / f"{name}.md" and drawn.read_bytes()[:4] == b"%PDF"
+    assert told.read_text().count("| fedmpq-kd |") == 4  # two rows, two differences
 
 
-def test_smoke_of_fedmkt(tmp_path):
-    records = run_mkt("smoke", "public-ce,fedmkt", "0,1", results_dir=str(tmp_path), rounds=1)
+def test_smoke_of_fedmkt(tmp_path, monkeypatch):
+    outcome = run_mkt("smoke", "public-ce,fedmkt", "0,1", results_dir=str(tmp_path), rounds=1)
+    records = outcome.records
     table = mkt_table(records).set_index("method")
     assert table.loc["public-ce", "kB up"] == 0 < table.loc["fedmkt", "kB up"]
     assert mkt_pairs(records).n.tolist() == [2]
+    assert not stored_mkt("smoke", tmp_path).records  # one round is another run than two
+    monkeypatch.setattr(study, "project_root", lambda: tmp_path)
+    told, drawn = write_mkt(outcome)
+    assert told == tmp_path / "runs" / "generated" / "exp6-smoke.md"
+    assert "public labels alone" in told.read_text() and drawn.read_bytes()[:4] == b"%PDF"
+
+
+def test_only_a_whole_cited_setting_is_evidence():
+    whole = [dict(id=c.identity) for c in plan_mkt("study-a")]
+    ours = project_root() / "results"
+    assert MktOutcome("study-a", whole, ours).generated.parts[-2:] == ("paper", "generated")
+    assert not MktOutcome("study-a", whole[1:], ours).declared
+    assert not MktOutcome("study-a", whole, ours / "elsewhere").declared
+    smoke = [dict(id=c.identity) for c in plan_mkt("smoke")]
+    assert not MktOutcome("smoke", smoke, ours).declared
