@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Facts', 'NUMBER', 'COLUMNS', 'VERSUS', 'MANUSCRIPT', 'Fact', 'numbers', 'behind', 'Study', 'load_study', 'load_small',
-           'load_axis', 'setting_facts', 'method_facts', 'work_facts', 'compared', 'verdict_text', 'pair_facts',
-           'table_fact', 'aligned', 'table_facts', 'study_facts', 'axis_facts', 'count', 'verdict_facts', 'finding',
-           'criteria_facts', 'hypothesis_facts', 'early_facts', 'claim_facts', 'published_facts', 'audit_facts',
-           'deviation_facts', 'all_facts']
+           'load_controls', 'load_axis', 'setting_facts', 'method_facts', 'work_facts', 'compared', 'verdict_text',
+           'pair_facts', 'table_fact', 'aligned', 'table_facts', 'study_facts', 'axis_facts', 'count', 'verdict_facts',
+           'finding', 'criteria_facts', 'hypothesis_facts', 'early_facts', 'claim_facts', 'published_facts',
+           'audit_facts', 'deviation_facts', 'all_facts']
 
 # %% ../../nbs/report/18a_facts.ipynb #e631875c
 import json
@@ -113,6 +113,12 @@ def load_small(
     if CITED['exp1'] == 'mini': return []
     study = replace(load_study(results, 'exp1', 'mini'), name='exp1-mini')
     return [study] if study.records else []
+
+def load_controls(
+    results: Path,  # results folder
+) -> Study:  # without records where none are there
+    "What else could do as much as a teacher: the axis `controls`, at the scale of Experiment 1."
+    return Study('controls', 'exp3/study', tuple(load_records(results, 'exp3', 'study')))
 
 def load_axis(
     results: Path,  # results folder
@@ -240,7 +246,8 @@ def work_facts(study: Study, method: str = 'fedmpq') -> Facts:
     return {f'{method}.{key}': Fact(text, how, files) for key, text in said.items()}
 
 # %% ../../nbs/report/18a_facts.ipynb #264c13a0
-VERSUS = (*PAIRS, ('fedmpq-kd', 'fedkd'))
+VERSUS = (*PAIRS, ('fedmpq-kd', 'fedkd'), ('fedmpq-smooth', 'fedmpq'), ('fedmpq-prox', 'fedmpq'),
+          ('fedmpq-kd', 'fedmpq-smooth'))
 
 def compared(study: Study) -> pd.DataFrame:
     "The comparisons of a study, corrected as one family."
@@ -635,6 +642,7 @@ def all_facts(
     found = claim_facts() | published_facts() | audit_facts() | deviation_facts(root) | early_facts(results)
     for study in named: found |= study_facts(study)
     for axis, studies in axes.items(): found |= axis_facts(axis, studies)
+    found |= study_facts(load_controls(results))
     for study in (*named, *(s for studies in axes.values() for s in studies)):
         for row in compared(study).itertuples():
             found[f'{study.name}.{row.a}-vs-{row.b}.finding'] = finding(study, row.a, row.b)
