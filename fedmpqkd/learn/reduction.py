@@ -68,6 +68,7 @@ def kept_tokens(
     return (fixed & real) | chosen_tokens(scores, real & ~fixed, share)
 
 # %% ../../nbs/learn/09l_reduction.ipynb #f9e76825
+# long: half of it are arguments
 @torch.no_grad()
 def read_texts(
     model: nn.Module,  # in eval mode
