@@ -31,6 +31,13 @@ def formulas_figures_and_shapes_are_shown(site: Path):
     assert "default_exp" not in bits and "fastcore.test" not in bits, "hidden cells stay hidden"
 
 
+def tables_of_outputs_are_tables(site: Path):
+    "Those that cells print as Markdown, on the first page and on that of results."
+    for name, least in (("index", 3), ("93_results", 5)):
+        text = re.sub(r"<pre.*?</pre>", "", (site / f"{name}.html").read_text(encoding="utf-8"), flags=re.S)
+        assert text.count("<table") >= least and "| Method |" not in text
+
+
 def test_the_site():
     "One build, warnings as errors; about 40 s."
     pytest.importorskip("myst_nb", reason="pip install -e '.[docs]'")
@@ -41,3 +48,4 @@ def test_the_site():
     every_page_is_there(site)
     nothing_is_fetched(site)
     formulas_figures_and_shapes_are_shown(site)
+    tables_of_outputs_are_tables(site)

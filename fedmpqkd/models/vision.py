@@ -258,7 +258,7 @@ def _made(
             with torch.no_grad(): model.eval()(torch.zeros(2, *image))
         except RuntimeError as why:
             told = 'a factory with a parameter `image` is told what comes'
-            raise ValueError(f'model {name!r} fails on images of {list(image)}: {why}; {told}') from why
+            raise ValueError(f'the network fails on images of {list(image)}: {why}; {told}') from why
         model.train()
     return model
 

@@ -56,7 +56,7 @@ def _quality(record: Record) -> dict[str, Any]:
     return dict(
         accuracy=s['accuracy'], accuracy_fp=_last(record, 'accuracy_fp'),
         accuracy_quantised=_last(record, 'accuracy_quantised'),
-        accuracy_fresh=s.get('accuracy_recalibrated', math.nan), ece=s['ece'],
+        accuracy_fresh=s.get('accuracy_recalibrated', math.nan), ece=s.get('ece', math.nan),
         auc_norm=s['auc']['norm'], auc_sum=s['auc']['sum'], client_std=s['dispersion'].get('std', math.nan),
         moved=last.get('moved', math.nan), lasso_moved=last.get('lasso_moved', math.nan))
 

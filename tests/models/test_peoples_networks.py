@@ -236,5 +236,5 @@ def test_a_factory_must_make_a_module():
 def test_a_lazy_network_for_other_images_is_refused_in_one_sentence():
     def colours(n): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.LazyLinear(n))
     register_model('for colours', colours)
-    with pytest.raises(ValueError, match=r"'for colours' fails on images of .*3 channels.*`image`"):
+    with pytest.raises(ValueError, match=r"fails on images of \[1, 28, 28\]: .*3 channels.*`image`"):
         build_model('for colours', 10, image=(1, 28, 28))
