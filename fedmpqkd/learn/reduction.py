@@ -7,7 +7,7 @@ __all__ = ['RULES', 'table_of', 'kept_tokens', 'read_texts', 'reduction_lines']
 
 # %% ../../nbs/learn/09l_reduction.ipynb #9e14fd21
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,7 @@ def kept_tokens(
     return (fixed & real) | chosen_tokens(scores, real & ~fixed, share)
 
 # %% ../../nbs/learn/09l_reduction.ipynb #f9e76825
+# long: half of it are arguments
 @torch.no_grad()
 def read_texts(
     model: nn.Module,  # in eval mode
@@ -75,17 +76,18 @@ def read_texts(
     sizes: Tensor,  # int64 [N]: bytes of the answers
     share: float, rule: str, table: TokenTable, generator: torch.Generator,  # as for `kept_tokens`
     repeats: int = 1,  # of each text; the fastest counts
+    clock: Callable[[], float] = time.perf_counter,  # time.process_time where others are at work
 ) -> dict[str, float]:  # nats a byte, tokens, operations and seconds of a text
     "Read texts without some of their tokens."
     nats, tokens, flops, seconds = 0.0, 0, 0, 0.0
     for row in x.split(1):
         times = []
         for _ in range(repeats):
-            start = time.perf_counter()
+            start = clock()
             keep = kept_tokens(row, share, rule, table, generator)
             short, places = shortened_texts(row, keep)
             logits = model(short, places).float()
-            times.append(time.perf_counter() - start)
+            times.append(clock() - start)
         with FlopCounterMode(display=False) as counter: model(short, places)
         labels = counted(short)[1]
         nats -= float(logits.log_softmax(-1).gather(-1, labels[..., None]).sum())
@@ -103,12 +105,14 @@ def reduction_lines(
     shares: Sequence[float] = (0.7, 0.5, 0.3),
     repeats: int = 1,
     seed: int = 0,  # of random tokens
+    clock: Callable[[], float] = time.perf_counter,  # as for `read_texts`
 ) -> list[dict[str, Any]]:  # the whole text first
     "Quality, operations and seconds of each rule at each share."
     read_texts(model, x[:1], sizes[:1], 1.0, 'last', table, torch.Generator())  # warm
     generator = torch.Generator().manual_seed(seed)
     told = [(1.0, 'last'), *((s, rule) for s in shares for rule in RULES)]
-    read = [read_texts(model, x, sizes, share, rule, table, generator, repeats) for share, rule in told]
+    read = [read_texts(model, x, sizes, share, rule, table, generator, repeats, clock)
+            for share, rule in told]
     base = read[0]
     return [dict(rule=rule if share < 1 else 'whole', share=share) | line | dict(
         faster=base['seconds'] / line['seconds'], less=base['flops'] / line['flops'],

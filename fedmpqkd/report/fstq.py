@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'budget_of', 'fstq_frame', 'fstq_table', 'fstq_pairs', 'plot_fstq', 'fstq_traffic', 'fstq_claims',
-           'write_fstq']
+           'prompt_lines', 'write_fstq']
 
 # %% ../../nbs/report/17h_fstq.ipynb #c67b0300
 import math
@@ -14,9 +14,9 @@ from typing import Any
 
 import pandas as pd
 
-from ..core.journal import write_atomic
+from ..core.journal import read_record, write_atomic
 from ..core.record import Record
-from ..evaluate.network import spent_until
+from ..evaluate.network import Link, spent_until
 from ..evaluate.statistics import holm, paired_test
 from .claims import fstq_ledger
 from .evidence import figure_pdf
@@ -111,49 +111,76 @@ def plot_fstq(
     return ax
 
 # %% ../../nbs/report/17h_fstq.ipynb #6b6b7d35
+# long: one table
 def fstq_traffic(
     records: Sequence[Record],
     tolerance: float = 0.05,  # nats a byte above what fp32 reaches
+    rate: float = 20e6,  # bits a second of every client, up and down
+    compute: float = 5.0,  # seconds of a round that are no transport
 ) -> pd.DataFrame:  # one row a run that has a partner in fp32
-    "Bytes until the quality of fp32 is reached, as a ratio to those of fp32."
+    "How many times fewer bytes and modelled seconds than fp32, until its quality is reached."
     frame, rows = fstq_frame(records).assign(curve=[r['curve'] for r in records]), []
+    clients, link = records[0]['config']['clients'], Link(up=rate, down=rate)
+
+    def costs(line: dict[str, Any]) -> tuple[float, float]:
+        air = link.seconds(line['bytes_up'] / clients, line['bytes_down'] / clients)
+        return line['bytes_up'], compute + sum(air)
+
     for _, own in frame.groupby(['optimizer', 'seed']):
         plain = own[own.method == 'fedavg']
         if not len(plain): continue
-        goal = plain.nats.iloc[0] + tolerance
-        spent = [spent_until([x['bits_per_byte'] * math.log(2) for x in c], [x['bytes_up'] for x in c],
-                             goal, smaller=True) for c in own.curve]
-        base = spent[own.index.get_loc(plain.index[0])]
-        times = [math.nan if s is None or base is None else base / s for s in spent]
-        rows.append(own.drop(columns='curve').assign(target=goal, times_less=times))
+        goal, spent = plain.nats.iloc[0] + tolerance, []
+        for curve in own.curve:
+            quality = [x['bits_per_byte'] * math.log(2) for x in curve]
+            both = [spent_until(quality, cost, goal, smaller=True)
+                    for cost in zip(*map(costs, curve), strict=True)]
+            spent.append([math.nan if s is None else s for s in both])
+        ratio = pd.DataFrame(spent, own.index, ['times_less', 'clock'])
+        rows.append(own.drop(columns='curve').assign(target=goal).join(ratio.loc[plain.index[0]] / ratio))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
 # %% ../../nbs/report/17h_fstq.ipynb #3733ca06
 def fstq_claims(
     records: Sequence[Record],
+    reading: Sequence[dict[str, Any]] = (),  # of `learn.reduction.reduction_lines`
 ) -> pd.DataFrame:  # claim, printed, follows, measured, verdict
     "The ledger, with what was measured."
     ledger, measured = fstq_ledger(), dict[str, str]()
     less = fstq_traffic(records)
     own = less[less.method == 'fedavg-fstq'] if len(less) else less
     if len(own):
-        by = own.groupby('budget').times_less.agg(['mean', 'count', 'size'])
+        by = own.groupby('budget').agg(less=('times_less', 'mean'), clock=('clock', 'mean'),
+                                       hit=('times_less', 'count'), n=('times_less', 'size'))
         measured['46 times less traffic in all'] = '; '.join(
-            f'{100 * b:g} %: {row["mean"]:.1f} times ({row["count"]:.0f} of {row["size"]:.0f} runs)'
-            if row['count'] else f'{100 * b:g} %: never reached' for b, row in by.iterrows())
+            f'{100 * b:g} %: {row.less:.1f} times, clock {100 * (1 - 1 / row.clock):.0f} % less '
+            f'({row.hit:.0f} of {row.n:.0f} runs)' if row.hit else f'{100 * b:g} %: never reached'
+            for b, row in by.iterrows())
     pairs = fstq_pairs(records, 'fedavg-fstq', 'fedavg-topk')
     if len(pairs):
         measured['magnitude Top-k'] = '; '.join(
             f'{p["budget %"]:g} %: {p.difference:+.3f} nats (n={p.n})' for _, p in pairs.iterrows())
+    if some := [line for line in reading if line['rule'] == 'sensitivity']:
+        measured['inference 1.55 times as fast'] = '; '.join(
+            f'{100 * x["share"]:g} % of the prompt: {x["faster"]:.2f} times, {x["lost"]:+.3f} nats'
+            for x in some)
     return ledger.assign(measured=ledger.claim.map(measured).fillna(''))
 
 # %% ../../nbs/report/17h_fstq.ipynb #e4c46935
+def prompt_lines(
+    results: Path,  # results folder
+) -> list[dict[str, Any]]:  # [] where nothing was measured
+    "Quality and seconds of shorter prompts."
+    path = results / 'exp7' / 'reduction.json'
+    return list(read_record(path)['lines']) if path.exists() else []
+
+
 def write_fstq(
     outcome: Outcome,  # of `run_fstq`
 ) -> list[Path]:
     "Tables and figure of Experiment 7."
     records, folder = outcome.records, outcome.generated
-    tables = [fstq_table(records), fstq_pairs(records), fstq_claims(records)]
+    claims = fstq_claims(records, prompt_lines(outcome.results))
+    tables = [fstq_table(records), fstq_pairs(records), claims]
     text = '\n\n'.join(map(to_lines, tables)) + '\n'
     figure = figure_pdf(lambda f: plot_fstq(records, ax=f.subplots()), (5.4, 3.2))
     return [write_atomic(folder / 'exp7.md', text.encode()), write_atomic(folder / 'exp7.pdf', figure)]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..core.journal import project_root, write_atomic
@@ -49,7 +50,8 @@ def language_table(
             for metric, heading in METRICS.items():
                 if metric not in own[0]['curve'][-1]: continue
                 values = pd.Series([last_rounds(r, metric) for r in own])
-                row[heading], row[f'{heading} std'] = values.mean(), values.std(ddof=1)
+                with np.errstate(over='ignore'):  # a run that has diverged
+                    row[heading], row[f'{heading} std'] = values.mean(), values.std(ddof=1)
             line = own[0]['curve'][-1]
             rows.append(row | {'kB up': line['bytes_up'] / 1e3, 'kB down': line['bytes_down'] / 1e3})
     return pd.DataFrame(rows)
@@ -103,9 +105,11 @@ def plot_language(
 
 # %% ../../nbs/report/17i_language.ipynb #eaaafb08
 def to_lines(frame: pd.DataFrame) -> str:
-    "A table in Markdown, three decimals."
-    rows = [[f'{v:.3f}' if isinstance(v, float) else str(v) for v in row]
-            for row in frame.itertuples(index=False)]
+    "A table in Markdown, three decimals, or three digits where there are very many."
+    def told(v: Any) -> str:
+        if not isinstance(v, float): return str(v)
+        return f'{v:.3f}' if abs(v) < 1e6 or v != v else f'{v:.2e}'
+    rows = [[told(v) for v in row] for row in frame.itertuples(index=False)]
     head = ['| ' + ' | '.join(map(str, frame.columns)) + ' |', '|' + '---|' * len(frame.columns)]
     return '\n'.join([*head, *('| ' + ' | '.join(row) + ' |' for row in rows)])
 
