@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Facts', 'NUMBER', 'COLUMNS', 'VERSUS', 'MANUSCRIPT', 'Fact', 'numbers', 'behind', 'Study', 'load_study', 'load_small',
-           'load_controls', 'load_axis', 'setting_facts', 'method_facts', 'work_facts', 'compared', 'verdict_text',
+           'load_axis', 'load_axes', 'setting_facts', 'method_facts', 'work_facts', 'compared', 'verdict_text',
            'pair_facts', 'table_fact', 'aligned', 'table_facts', 'study_facts', 'axis_facts', 'count', 'verdict_facts',
            'finding', 'criteria_facts', 'hypothesis_facts', 'early_facts', 'claim_facts', 'published_facts',
            'audit_facts', 'deviation_facts', 'all_facts']
@@ -93,6 +93,16 @@ class Study:
         return tuple(f'{self.group}/{c["method"]}_seed={c["seed"]}_{r["id"]}.json' for r in self.records
                      if (c := r['config'])['method'] in methods or not methods)
 
+    def same(self, *methods: str) -> tuple[str, ...]:
+        "The same files without their folder: a run that belongs to two groups is one run."
+        return tuple(file.rpartition('/')[2] for file in self.files(*methods))
+
+    @property
+    def label(self) -> str:
+        "Its point; of an axis with one point only, the axis."
+        axis, _, point = self.name.rpartition('.')
+        return axis if point == 'base' else point
+
 # %% ../../nbs/report/18a_facts.ipynb #49e2dc08
 # long: small functions that are read together
 def load_study(
@@ -114,18 +124,12 @@ def load_small(
     study = replace(load_study(results, 'exp1', 'mini'), name='exp1-mini')
     return [study] if study.records else []
 
-def load_controls(
-    results: Path,  # results folder
-) -> Study:  # without records where none are there
-    "What else could do as much as a teacher: the axis `controls`, at the scale of Experiment 1."
-    return Study('controls', 'exp3/study', tuple(load_records(results, 'exp3', 'study')))
-
 def load_axis(
     results: Path,  # results folder
     axis: str,  # its name
+    preset: str = CITED['exp3'],  # scale
 ) -> list[Study]:  # one for each point that was run, 'start.public-4'
-    "The runs of the third experiment along an axis, at the scale that is cited."
-    preset = CITED['exp3']
+    "The runs of the third experiment along an axis."
     found, experiment = load_records(results, 'exp3', preset), EXPERIMENTS['exp3']
     tuned, studies = tuned_values(results, experiment.tuned_by, preset), []
     for label, values in axis_points(axis, preset).items():
@@ -136,6 +140,13 @@ def load_axis(
                 {replace(c, precision='fp32') for c in wanted}]
         if ours: studies.append(Study(f'{axis}.{label}', f'exp3/{preset}', tuple(ours)))
     return studies
+
+def load_axes(
+    results: Path,  # results folder
+) -> dict[str, list[Study]]:  # by axis
+    "The axes that the paper shows; the controls at the scale of Experiment 1."
+    found = {axis: load_axis(results, axis) for axis in ('start', 'statistics')}
+    return found | {'controls': load_axis(results, 'controls', CITED['exp1'])}
 
 # %% ../../nbs/report/18a_facts.ipynb #b98191d9
 # long: small functions that are read together
@@ -406,9 +417,9 @@ def count(n: int) -> str:
 
 def verdict_facts(studies: Sequence[Study]) -> Facts:
     "What all comparisons together decide."
-    tables = [rows.assign(study=s.name, files=[s.files(a, b) for a, b in zip(rows.a, rows.b, strict=True)])
+    tables = [rows.assign(label=s.label, same=[s.same(a, b) for a, b in zip(rows.a, rows.b, strict=True)])
               for s in studies for rows in [compared(s)]]
-    rows = pd.concat(tables, ignore_index=True).drop_duplicates('files', keep='last')  # two axes share points
+    rows = pd.concat(tables, ignore_index=True).drop_duplicates('same')  # groups share runs
     files = tuple(dict.fromkeys(f for s in studies for f in s.files()))
     few, decided = rows[rows.n < 5], rows[rows.verdict != 'undecided']
     said = (f'None of the {len(rows)} paired comparisons is decided' if not len(decided) else
@@ -417,7 +428,7 @@ def verdict_facts(studies: Sequence[Study]) -> Facts:
     if len(few) == len(rows): said += ', since all have fewer than five pairs of seeds'
     elif len(few): said += f'; {count(len(few))} have fewer than five pairs of seeds'
     apart = rows[(rows.verdict == 'undecided') & ((rows.ci_low > 0) | (rows.ci_high < 0))]
-    listed = '; '.join(f'`{r.a}` against `{r.b}` at {r.study.split(".")[-1]}' for r in apart.itertuples())
+    listed = '; '.join(f'`{r.a}` against `{r.b}` at {r.label}' for r in apart.itertuples())
     how = 'verdicts of all comparisons'
     return {'verdicts.level': Fact('95', 'level of all intervals, percent'),
             'verdicts.sentence': Fact(said, how, files), 'verdicts.pairs': Fact(str(len(rows)), how, files),
@@ -480,8 +491,10 @@ def hypothesis_facts(
     "What the sources expect, and what came out."
     main, *others = studies
     both = [s for s in others if {'fedmpq', 'fedmpq-kd'} <= {r['config']['method'] for r in s.records}]
-    alone = list({s.files('fedmpq', 'fedmpq-kd'): s for s in both[::-1]}.values())[::-1]  # axes share points
-    conditions = {s.group if s.name.startswith('exp') else f'{s.group} {s.name}': s.records for s in alone}
+    shared = main.same('fedmpq', 'fedmpq-kd')
+    alone = {own: s for s in both if (own := s.same('fedmpq', 'fedmpq-kd')) != shared}  # groups share runs
+    conditions = {s.group if s.name.startswith('exp') else f'{s.group} {s.name}': s.records
+                  for s in alone.values()}
     found = hypotheses((main.group, main.records), conditions)
     files = tuple(dict.fromkeys(f for s in (main, *both) for f in s.files('fedmpq', 'fedmpq-kd')))
     how = 'paired by seed, Holm over all rows'
@@ -637,12 +650,11 @@ def all_facts(
     results = root / 'results'
     named = [s for s in (load_study(results, n) for n in ('exp1', 'exp2')) if s.records]
     named += load_small(results)
-    axes = {axis: load_axis(results, axis) for axis in ('start', 'statistics')}
-    points = list({s.files(): s for found in axes.values() for s in found}.values())
+    axes = load_axes(results)
+    points = list({s.same(): s for found in axes.values() for s in found}.values())
     found = claim_facts() | published_facts() | audit_facts() | deviation_facts(root) | early_facts(results)
     for study in named: found |= study_facts(study)
     for axis, studies in axes.items(): found |= axis_facts(axis, studies)
-    found |= study_facts(load_controls(results))
     for study in (*named, *(s for studies in axes.values() for s in studies)):
         for row in compared(study).itertuples():
             found[f'{study.name}.{row.a}-vs-{row.b}.finding'] = finding(study, row.a, row.b)

@@ -33,9 +33,9 @@ def difference_data(
     studies: Sequence[Study],
 ) -> pd.DataFrame:  # where, comparison, difference, ci_low, ci_high, n, verdict
     "All comparisons of some studies, one row each."
-    rows = pd.concat([compared(s).assign(where=s.name.split('.')[-1]) for s in studies], ignore_index=True)
-    rows['files'] = [s.files(*pair) for s in studies for pair in compared(s)[['a', 'b']].to_numpy()]
-    rows = rows.drop_duplicates('files', keep='last').assign(comparison=lambda r: r.a + ' - ' + r.b)
+    rows = pd.concat([compared(s).assign(where=s.label) for s in studies], ignore_index=True)
+    rows['same'] = [s.same(*pair) for s in studies for pair in compared(s)[['a', 'b']].to_numpy()]
+    rows = rows.drop_duplicates('same').assign(comparison=lambda r: r.a + ' - ' + r.b)
     keep = ['where', 'comparison', 'difference', 'ci_low', 'ci_high', 'n', 'verdict']
     return rows[keep].round(3).reset_index(drop=True)
 

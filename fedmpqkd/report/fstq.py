@@ -17,12 +17,11 @@ import pandas as pd
 from ..core.journal import read_record, write_atomic
 from ..core.record import Record
 from ..evaluate.network import Link, spent_until
-from ..evaluate.statistics import holm, paired_test
+from ..evaluate.statistics import holm, paired_by_seed
 from .claims import fstq_ledger
-from .evidence import figure_pdf
-from .language import to_lines
+from .evidence import figure_pdf, to_markdown
 from ..study.experiments import Outcome
-from ..study.fstq import BUDGETS, uniform_bits
+from ..study.fstq import BUDGETS, qsgd_bits
 
 # %% ../../nbs/report/17h_fstq.ipynb #155d1191
 def budget_of(
@@ -33,7 +32,7 @@ def budget_of(
     if c['uplink'] in ('mixed', 'low-rank'): return float(c['update_share'])
     if c['uplink'] == 'model': return 1.0
     shares = [float(b) for some in BUDGETS.values() for b in some.split(',')]
-    fits = [b for b in shares if uniform_bits(b) == c['update_bits']]
+    fits = [b for b in shares if qsgd_bits(b) == c['update_bits']]
     return max(fits, default=c['update_bits'] / 32)
 
 # %% ../../nbs/report/17h_fstq.ipynb #f8d9b691
@@ -71,10 +70,9 @@ def fstq_pairs(
     "The difference of two rows in nats a byte, paired by seed."
     frame, rows = fstq_frame(records), []
     for (optimizer, budget), own in frame.groupby(['optimizer', 'budget'], sort=True):
-        wide = own.pivot(index='seed', columns='method', values='nats').reindex(columns=[a, b]).dropna()
-        if not len(wide): continue
-        test = paired_test(wide[a].to_numpy(), wide[b].to_numpy())
-        rows.append({'optimiser': optimizer, 'budget %': 100 * budget, 'a': a, 'b': b} | test)
+        one, other = (own[own.method == m].set_index('seed').nats.to_dict() for m in (a, b))
+        if test := paired_by_seed(one, other):
+            rows.append({'optimiser': optimizer, 'budget %': 100 * budget, 'a': a, 'b': b} | test)
     keep = ['optimiser', 'budget %', 'a', 'b', 'n', 'difference', 'ci_low', 'ci_high', 'p', 'verdict']
     found = pd.DataFrame(rows, columns=keep)
     return found.assign(p=holm(found.p.tolist()))
@@ -181,6 +179,6 @@ def write_fstq(
     records, folder = outcome.records, outcome.generated
     claims = fstq_claims(records, prompt_lines(outcome.results))
     tables = [fstq_table(records), fstq_pairs(records), claims]
-    text = '\n\n'.join(map(to_lines, tables)) + '\n'
+    text = '\n\n'.join(map(to_markdown, tables)) + '\n'
     figure = figure_pdf(lambda f: plot_fstq(records, ax=f.subplots()), (5.4, 3.2))
     return [write_atomic(folder / 'exp7.md', text.encode()), write_atomic(folder / 'exp7.pdf', figure)]

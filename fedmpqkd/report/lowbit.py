@@ -277,7 +277,7 @@ def stored_study(
     scores.sort(key=lambda r: order.index(r['recipe']['augment']))
     students, alone = ([r for r in found if r['kind'] == 'student' and r['recipe'] in map(asdict, recipes)]
                        for recipes in (pieces.students, pieces.alone))
-    return Study(preset, own[0], scores, students, alone, {}, {}, root, False)
+    return Study(preset, own[0], scores, students, alone, {}, {}, folder, root, False)
 
 # %% ../../nbs/report/17f_lowbit.ipynb #183f40ed
 def across(

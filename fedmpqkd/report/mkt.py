@@ -14,10 +14,9 @@ import numpy as np
 import pandas as pd
 
 from ..core.journal import write_atomic
-from ..evaluate.statistics import paired_test
+from ..evaluate.statistics import paired_by_seed
 from ..learn.dualmince import adapter_size, message_size
-from .evidence import figure_pdf
-from .language import to_lines
+from .evidence import figure_pdf, to_markdown
 from ..study.mkt import MktOutcome
 
 # %% ../../nbs/report/17j_mkt.ipynb #5747c92d
@@ -48,11 +47,7 @@ def mkt_pairs(
         return {r['config']['seed']: r['summary'][who] for r in records if r['config']['method'] == method}
     rows = []
     for b in others:
-        one, other = by_seed(a), by_seed(b)
-        seeds = sorted(set(one) & set(other))
-        if not seeds: continue
-        test = paired_test([one[s] for s in seeds], [other[s] for s in seeds])
-        rows.append(dict(a=a, b=b, who=who) | test)
+        if test := paired_by_seed(by_seed(a), by_seed(b)): rows.append(dict(a=a, b=b, who=who) | test)
     return pd.DataFrame(rows, columns=['a', 'b', 'who', 'n', 'difference', 'ci_low', 'ci_high', 'verdict'])
 
 # %% ../../nbs/report/17j_mkt.ipynb #3f21968a
@@ -132,7 +127,7 @@ def mkt_page(records: Sequence[Mapping[str, Any]]) -> str:
     "All tables, as Markdown."
     pairs = pd.concat([mkt_pairs(records), mkt_pairs(records, who='server')], ignore_index=True)
     tables = [mkt_table(records), pairs, mkt_choices(records), mkt_claims(records)]
-    return '\n\n'.join(to_lines(t) for t in tables if len(t)) + '\n'
+    return '\n\n'.join(to_markdown(t) for t in tables if len(t)) + '\n'
 
 
 def write_mkt(outcome: MktOutcome) -> list[Path]:

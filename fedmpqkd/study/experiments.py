@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXP1', 'EXP2', 'EXP3', 'EXP5', 'EXP5_ARC', 'EXP7', 'EXPERIMENTS', 'CITED', 'Experiment', 'choose_device',
            'choose_preset', 'choose_precision', 'load_plugins', 'tuned_path', 'tuned_values', 'tuned_for', 'check_rows',
-           'whole_of_own', 'plan', 'Job', 'load_task', 'open_job', 'run_job', 'run_sweep', 'match_bytes', 'Outcome',
-           'parse_fields', 'departure', 'run_experiment']
+           'whole_of_own', 'plan', 'Job', 'load_task', 'open_job', 'run_job', 'wait_for', 'run_sweep', 'match_bytes',
+           'Outcome', 'parse_fields', 'departure', 'run_experiment']
 
 # %% ../../nbs/study/16b_experiments.ipynb #f07bda6d
 import hashlib
@@ -374,7 +374,7 @@ def _through(executor: Executor, jobs: list[Job]) -> list[Record | None]:
         return _gather(spawned, jobs)
 
 # %% ../../nbs/study/16b_experiments.ipynb #c6afa9f6
-def _wait_for(busy: list[Claimed], told: set[str], wait: float) -> None:
+def wait_for(busy: list[Claimed], told: set[str], wait: float) -> None:
     "Say whom this process waits for, once; then wait."
     for why in dict.fromkeys(map(str, busy)):
         if why in told: continue
@@ -402,7 +402,7 @@ def run_sweep(
                 if isinstance(found, Claimed): busy.append(found)
                 else: records[i] = found
             if not busy: return [r for i in range(len(jobs)) if (r := records[i]) is not None]
-            _wait_for(busy, told, wait)
+            wait_for(busy, told, wait)
 
 # %% ../../nbs/study/16b_experiments.ipynb #cb4c782a
 def match_bytes(

@@ -301,6 +301,7 @@ class Study:
     alone: list[Piece]  # students without augmentation, trained with one term of the loss
     others: dict[str, list[Piece]]  # scores by other teachers
     teachers: dict[str, Piece]  # their records, where they have any
+    folder: Path  # of the records
     root: Path
     declared: bool  # is this an evidence preset as it stands?
 
@@ -370,5 +371,5 @@ def run_study(
     for name, passes in (('one pass', 1), ('two passes', 2)):
         others[name] = [scored(folder, dataclasses.replace(r, passes=passes), first, ranks) for r in few]
     records = {n: t.record for n, t in teachers.items()}
-    return Study(preset, first.record, scores, students, alone, others, records, root,
+    return Study(preset, first.record, scores, students, alone, others, records, folder, root,
                  usual and preset in FOR_READERS)

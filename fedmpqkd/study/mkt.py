@@ -18,7 +18,7 @@ from ..core.journal import Claimed, WorkingFolder, project_root, read_record, wr
 from ..core.machine import commit, environment
 from ..data.text import TextData, load_text
 from ..federation.mkt import MktConfig, play_mkt
-from .experiments import _wait_for, choose_device
+from .experiments import choose_device, wait_for
 
 # %% ../../nbs/study/16i_mkt.ipynb #76fc145c
 # long: the settings in one place
@@ -142,7 +142,7 @@ def run_mkt(
             try: records[n] = mkt_record(c, outcome.folder, data_dir, device)
             except Claimed as why: busy.append(why)
         if not busy: return dataclasses.replace(outcome, records=[records[n] for n in range(len(configs))])
-        _wait_for(busy, told, wait)
+        wait_for(busy, told, wait)
 
 # %% ../../nbs/study/16i_mkt.ipynb #88bd2df1
 def stored_mkt(

@@ -166,7 +166,7 @@ def test_two_processes_share_a_study(tmp_path, monkeypatch):
     folder = tmp_path / "exp6" / "smoke" / "pieces"
     claim = WorkingFolder(folder / "_work" / f"standalone_seed=0_{held.identity}").claim()
     claim.__enter__()
-    monkeypatch.setattr(study, "_wait_for", lambda *a: claim.__exit__(None, None, None))
+    monkeypatch.setattr(study, "wait_for", lambda *a: claim.__exit__(None, None, None))
     records = run_mkt("smoke", "standalone,zero-shot", "0", **fields).records
     assert done == ["zero-shot", "standalone"]
     assert [r["config"]["method"] for r in records] == ["standalone", "zero-shot"]
