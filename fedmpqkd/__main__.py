@@ -67,6 +67,7 @@ class Choice(click.Option):
         if value and str(value).startswith('--'): raise click.BadParameter('needs a value', ctx, param)
         return value
 
+# %% ../nbs/tools/81_command.ipynb #aff172c2
 EXPERIMENT = dict(
     preset='scale: auto, demo, smoke, mini, study or paper; auto asks what is at hand',
     methods='recipes, separated by commas (see `fedmpqkd methods`)', seeds='separated by commas',
