@@ -11,6 +11,8 @@ from conftest import ROOT
 pypandoc = pytest.importorskip("pypandoc", reason="pandoc is not here: pip install 'fedmpqkd[paper]'")
 
 from fedmpqkd.report import paper  # noqa: E402
+from fedmpqkd.report.captions import caption  # noqa: E402
+from fedmpqkd.report.evidence import to_markdown  # noqa: E402
 from fedmpqkd.report.facts import (  # noqa: E402
     Fact,
     Study,
@@ -18,11 +20,14 @@ from fedmpqkd.report.facts import (  # noqa: E402
     behind,
     count,
     finding,
+    load_axis,
     numbers,
     pair_facts,
     verdict_facts,
 )
+from fedmpqkd.report.language import language_page, stored_language  # noqa: E402
 from fedmpqkd.report.latex import to_content  # noqa: E402
+from fedmpqkd.report.lowbit import augmentation_table, reading_of, stored_study  # noqa: E402
 from fedmpqkd.report.rules import RULES, lint, lost_citations  # noqa: E402
 from fedmpqkd.study.examples import made_up_record  # noqa: E402
 
@@ -284,6 +289,20 @@ def test_committed_data_of_figures_are_what_the_records_give():
     for path, data in paper.generated(ROOT).items():
         if path.endswith(".csv"): assert (ROOT / "paper" / path).read_bytes() == data, path
         if path.endswith(".pdf"): assert (ROOT / "paper" / path).is_file()
+
+
+def test_committed_tables_are_what_the_records_give():
+    "A table that was written before its records moved names a folder that holds other runs."
+    folder = ROOT / "paper" / "generated"
+    for axis in ("start", "statistics"):
+        text = (folder / f"exp3_{axis}.md").read_text(encoding="utf-8")
+        assert caption(load_axis(ROOT / "results", axis)[0].runs) in text, f"exp3_{axis}.md is stale"
+    for name, preset in (("exp4", "study"), ("exp4_cifar100", "cifar100")):
+        text = (folder / f"{name}.md").read_text(encoding="utf-8")
+        for part in (to_markdown(augmentation_table(stored_study(preset))), reading_of(stored_study(preset))):
+            assert part.strip() in text, f"{name}.md is stale"
+    text, stored = (folder / "exp5.md").read_text(encoding="utf-8"), language_page(stored_language("exp5"))
+    assert sorted(text.splitlines()) == sorted(stored.splitlines()), "exp5.md is stale"
 
 
 def test_the_text_changes_with_the_records(facts):
