@@ -55,6 +55,8 @@ def write_pages() -> dict[str, list[str]]:
         nb = visible(nbformat.read(path, 4))
         for cell in nb.cells:
             if cell.cell_type == "markdown": cell.source = outside(cell.source, name)
+            for data in (out.get("data", {}) for out in cell.get("outputs", ())):
+                if "text/markdown" in data: data["text/markdown"] = outside(data["text/markdown"], name)
         nbformat.write(nb, target)
         found.setdefault("" if len(name.parts) == 1 else name.parts[0], []).append(str(name.with_suffix("")))
     return found
