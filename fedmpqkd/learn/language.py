@@ -32,9 +32,10 @@ from fedmpqkd.data.text import (
     option_pairs,
     target_pairs,
 )
+from .sensitivity import TokenSelection
 from .task import Task, rows_of
 from ..models.language import GPTS, TextCoder, counted, load_coder, marked, trained_coder
-from ..models.lora import build_language_model
+from ..models.lora import build_language_model, embedding_of
 
 # %% ../../nbs/learn/09h_language.ipynb #c5c4a382
 SCORES = ('token', 'byte', 'sum')
@@ -291,6 +292,14 @@ class LanguageTask(Task):
     def network(self, config: RunConfig) -> nn.Module:
         "A small GPT, or a pretrained model with adapters."
         return build_language_model(config, len(self.data.coder.vocabulary))
+
+    def selection(
+        self, config: RunConfig, model: nn.Module, generator: torch.Generator,
+    ) -> TokenSelection | None:
+        "Labels by the sensitivity of their tokens, or at random; special tokens always train."
+        if config.token_select == 'none': return None
+        vocabulary = self.data.coder.vocabulary
+        return TokenSelection(config, embedding_of(model), len(vocabulary), vocabulary.special, generator)
 
     def epoch(
         self, n: int, batch_size: int, generator: torch.Generator, min_batch: int = 2,

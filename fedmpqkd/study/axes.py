@@ -138,7 +138,7 @@ AXES |= {
                      'fedmpq,fedmpq-kd,fedmpq-smooth,fedmpq-prox')}
 
 # %% ../../nbs/study/16d_axes.ipynb #61e3cbeb
-_SENT = 'fedavg,fedavg-fstq,fedavg-magnitude,qat-fstq,fedmpq,fedmpq-kd'
+_SENT = 'fedavg,fedavg-fstq,fedavg-magnitude,qat-uniform-fstq,fedmpq,fedmpq-kd'
 
 AXES['coding'] = Axis('Bits by entry, at the bytes that FedMPQ-KD sends up',
                       {'kd-bytes': dict(update_share=0.1563)}, _SENT,
