@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.config import as_list
 from ..core.record import Record
 from ..evaluate.statistics import paired_test
 from ..models.vision import build_model, quantized_names
@@ -41,7 +42,6 @@ from fedmpqkd.report.evidence import (
 )
 from .hypotheses import hypotheses
 from .readings import in_settings, planned, pre_declared
-from ..core.config import as_list
 from ..study.axes import axis_points
 from ..study.experiments import CITED, EXPERIMENTS, plan, tuned_values
 from ..study.records import config_of, load_records, load_stopped
