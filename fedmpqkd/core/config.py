@@ -315,6 +315,11 @@ class LanguageConfig:
     lora_dropout: float = setting(0.0, 'in front of the adapters', interval('[0, 1)'))
     lora_targets: str = setting('q_proj,v_proj', 'linear layers that get adapters')
     lora_heads: str = setting('', 'modules that are trained as a whole next to the adapters')
+    token_select: str = setting('none', 'which labels of a text train: all, those of sensitive tokens, or '
+                                'random ones', one_of('none', 'sensitivity', 'random'))
+    token_share: float = setting(0.5, 'of the labels of a text that train, if not all do', interval('(0, 1)'))
+    token_refresh: int = setting(10, 'steps of a local round from one that trains on all labels, and '
+                                 'measures sensitivity, to the next', interval('[2, inf]', 'at least 2'))
 
 # %% ../../nbs/core/01_config.ipynb #38024b04
 def as_list(

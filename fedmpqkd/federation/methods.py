@@ -55,7 +55,7 @@ RECIPES |= {
     'fedavg-topk': dict(update='fp32', **_FSTQ, importance='magnitude', update_classes='16'),
     'fedavg-random': dict(update='fp32', **_FSTQ, importance='random'),
     'fedavg-powersgd': dict(update='fp32', uplink='low-rank', error_feedback=True, alpha=0.0),
-    'qat-fstq': dict(**_QAT, **_FSTQ, importance='batch-sq')}
+    'qat-uniform-fstq': dict(**_QAT, **_FSTQ, importance='batch-sq')}
 
 # %% ../../nbs/federation/11_methods.ipynb #58f5663e
 _FEDMPQ = dict(update='signed-planes', assignment='prune-grow')
@@ -143,7 +143,9 @@ _IDLE: tuple[tuple[Any, tuple[str, ...]], ...] = (  # (when nothing of this is u
     (lambda c: c.exchange == 'model' or c.logits != 'topk', ('logits_topk',)),
     (lambda c: c.aggregate != 'moshpit', ('grid_axes', 'moshpit_iterations', 'peer_failure', 'hop')),
     (lambda c: not c.tokenizer, (
-        'text_kind', 'text_groups', 'context', 'chat', 'option_score', 'lm_layers', 'lora_rank')),
+        'text_kind', 'text_groups', 'context', 'chat', 'option_score', 'lm_layers', 'lora_rank',
+        'token_select')),
+    (lambda c: not c.tokenizer or c.token_select == 'none', ('token_share', 'token_refresh')),
     (lambda c: c.dataset != 'almanac', ('text_kind',)),
     (lambda c: c.dataset == 'almanac', ('text_groups',)),
     (lambda c: not (c.tokenizer and c.lora_rank), (

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['variance_pairs', 'Average', 'Aggregation', 'register_aggregation', 'GlobalModel', 'Server', 'messages_for',
-           'downlink', 'opened', 'answered', 'check_numbers', 'Reply', 'checked', 'accept', 'receive', 'aggregate',
-           'deployed']
+           'downlink', 'opened', 'answered', 'all_finite', 'check_numbers', 'Reply', 'checked', 'accept', 'receive',
+           'aggregate', 'deployed']
 
 # %% ../../nbs/federation/10_server.ipynb #fcb40063
 import math
@@ -261,18 +261,34 @@ def answered(
     return {n: server.state[n] + update[n] if n in update else t for n, t in entries.items()}
 
 # %% ../../nbs/federation/10_server.ipynb #b19b535b
+# long: three checks in one scheme
+def _row(tensors: Sequence[Tensor]) -> Tensor: return torch.cat([t.reshape(-1) for t in tensors])
+
+def all_finite(
+    tensors: Sequence[Tensor],  # floating point
+) -> bool:
+    "No NaN, no infinity. A finite sum has finite terms, and reads them once; a sum may also overflow."
+    if torch.isfinite(torch.stack([t.float().sum() for t in tensors])).all(): return True
+    return all(bool(torch.isfinite(t.float()).all()) for t in tensors)
+
+def _beyond(tensors: Sequence[Tensor]) -> bool:
+    whole = _row(tensors)
+    return bool(whole.numel()) and max(-int(whole.min()), int(whole.max())) > 2**53
+
 def check_numbers(
     state: dict[str, Tensor],  # a model
     average: Average,  # that would take it in
 ) -> None:
-    "Refuse numbers that would spoil an average."
-    for name, t in average.terms(state).items():
-        if not torch.isfinite(t.float()).all(): raise WireError(f'{name}: NaN or infinity')
-    for _, name in variance_pairs(list(state)):
-        if (state[name] < 0).any(): raise WireError(f'{name}: a variance below zero')
-    for name, t in state.items():
-        if not t.is_floating_point() and t.numel() and max(-int(t.min()), int(t.max())) > 2**53:
-            raise WireError(f'{name}: a counter beyond 2**53')
+    "Refuse numbers that would spoil an average: all at once, then one by one to name what is wrong."
+    variances = {n: state[n] for _, n in variance_pairs(list(state))}
+    counters = {n: t for n, t in state.items() if not t.is_floating_point()}
+    checks: Sequence[tuple[dict[str, Tensor], Callable[[Sequence[Tensor]], bool], str]] = (
+        (average.terms(state), lambda some: not all_finite(some), 'NaN or infinity'),
+        (variances, lambda some: bool((_row(some) < 0).any()), 'a variance below zero'),
+        (counters, _beyond, 'a counter beyond 2**53'))
+    for named, wrong, why in checks:
+        if not named or not wrong(list(named.values())): continue
+        raise WireError(f'{next(n for n, t in named.items() if wrong([t]))}: {why}')
 
 # %% ../../nbs/federation/10_server.ipynb #b9f07a21
 @dataclass(frozen=True)

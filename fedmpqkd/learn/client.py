@@ -112,8 +112,10 @@ def prepare(
     anchors = [p.detach().clone() for p in (*replica.weights, *replica.others)] if config.prox else []
     ratio = GradRatio(alpha) if alpha and config.alpha_schedule == 'grad-ratio' else None
     temperature = temperature_at(config, round)
+    g = torch_rng(config.seed, 'tokens', round, work.client)
+    tokens = replica.task.selection(config, replica.model, g)
     return TrainState(config, replica.task, alpha, temperature, teacher, rule, optimizer, clock, anchors,
-                      ratio, term, gatherer(config)), planes
+                      ratio, term, gatherer(config), tokens), planes
 
 # %% ../../nbs/learn/09e_client.ipynb #958b842c
 def begin(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'option_scores', 'plain_words', 'exact_match', 'rouge_l', 'pieces', 'LanguageData', 'coder_of', 'evenly',
-           'in_tokens', 'language_data', 'load_language', 'trimmed_lengths', 'portions', 'row_scores', 'LanguageTask']
+           'in_tokens', 'language_data', 'load_language', 'trimmed_lengths', 'portions', 'different_inputs',
+           'row_scores', 'LanguageTask']
 
 # %% ../../nbs/learn/09h_language.ipynb #ddde1758
 import hashlib
@@ -32,9 +33,10 @@ from fedmpqkd.data.text import (
     option_pairs,
     target_pairs,
 )
+from .sensitivity import TokenSelection
 from .task import Task, rows_of
 from ..models.language import GPTS, TextCoder, counted, load_coder, marked, trained_coder
-from ..models.lora import build_language_model
+from ..models.lora import build_language_model, embedding_of
 
 # %% ../../nbs/learn/09h_language.ipynb #c5c4a382
 SCORES = ('token', 'byte', 'sum')
@@ -249,23 +251,42 @@ def portions(
         yield torch.tensor(order[-take:]), width
         order = order[:-take]
 
+# %% ../../nbs/learn/09h_language.ipynb #1fd9159f
+def different_inputs(
+    x: Tensor,  # int64 [M, T], marked, on the host
+) -> tuple[Tensor, Tensor]:  # int64 [U]: the first text of each kind, in order; int64 [M]: each text's kind
+    "Texts that are predicted from the same tokens at the same positions, and may differ in what follows."
+    last = (torch.arange(x.shape[-1]) * (x >= 0)).amax(-1, keepdim=True)
+    _, kind = torch.unique(x.where(torch.arange(x.shape[-1]) <= last, -1), dim=0, return_inverse=True)
+    number = torch.arange(len(x))
+    first = torch.full_like(number, len(x)).scatter_reduce(0, kind, number, 'amin')
+    first = first[first < len(x)].sort().values
+    place = torch.empty_like(number)
+    place[kind[first]] = torch.arange(len(first))
+    return first, place[kind]
+
 # %% ../../nbs/learn/09h_language.ipynb #42562a9a
 def row_scores(
     model: Callable[[Tensor], Tensor],  # marked ids to logits
     x: Tensor,  # int64 [M, T], marked
 ) -> Tensor:  # float [M, 3]: negative log-likelihood, tokens, tokens that are the most likely ones
     "What a model says of each text; zeros where nothing is predicted."
-    found = torch.zeros(len(x), 3, device=x.device)
-    for part, width in portions(trimmed_lengths(x).cpu(), (x >= 0).sum(-1).cpu(), x.device.type != 'cpu'):
-        part = part.to(x.device)
-        rows = x[part, :width]
-        labels = counted(rows)[1]
+    # long: portions of different inputs, and the texts that belong to each; the host counts
+    found, host = torch.zeros(len(x), 3, device=x.device), x.cpu()
+    once, kind = different_inputs(host)
+    needed, some = trimmed_lengths(host)[once], (host >= 0).sum(-1)[once]
+    place = torch.empty_like(once)
+    for part, width in portions(needed, some, x.device.type != 'cpu'):
+        place.fill_(-1)[part] = torch.arange(len(part))
+        texts = (place[kind] >= 0).nonzero()[:, 0]
+        row, labels = place[kind[texts]].to(x.device), counted(host[texts, :width])[1].to(x.device)
+        logits = model(x[once[part].to(x.device), :width]).float()  # [m, L, V]
         counts, wanted = labels != IGNORED, labels.clamp(min=0)
-        logits = model(rows).float()
-        logp = logits.gather(-1, wanted[..., None])[..., 0] - logits.logsumexp(-1)
-        hit = (logits.argmax(-1) == wanted) & counts
+        at = torch.arange(labels.shape[-1], device=x.device)
+        logp = logits[row[:, None], at, wanted] - logits.logsumexp(-1)[row]
+        hit = (logits.argmax(-1)[row] == wanted) & counts
         nll = -logp.where(counts, logp.new_zeros(())).sum(-1)
-        found[part] = torch.stack([nll, counts.sum(-1).float(), hit.sum(-1).float()], -1)
+        found[texts.to(x.device)] = torch.stack([nll, counts.sum(-1).float(), hit.sum(-1).float()], -1)
     return found
 
 # %% ../../nbs/learn/09h_language.ipynb #a9325892
@@ -291,6 +312,14 @@ class LanguageTask(Task):
     def network(self, config: RunConfig) -> nn.Module:
         "A small GPT, or a pretrained model with adapters."
         return build_language_model(config, len(self.data.coder.vocabulary))
+
+    def selection(
+        self, config: RunConfig, model: nn.Module, generator: torch.Generator,
+    ) -> TokenSelection | None:
+        "Labels by the sensitivity of their tokens, or at random; special tokens always train."
+        if config.token_select == 'none': return None
+        vocabulary = self.data.coder.vocabulary
+        return TokenSelection(config, embedding_of(model), len(vocabulary), vocabulary.special, generator)
 
     def epoch(
         self, n: int, batch_size: int, generator: torch.Generator, min_batch: int = 2,

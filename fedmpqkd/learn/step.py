@@ -8,6 +8,7 @@ __all__ = ['make_optimizer', 'TrainState', 'gradient_norm', 'teacher_logits', 'd
 
 # %% ../../nbs/learn/09c_step.ipynb #ce472077
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..core.config import RunConfig
 from .distill import GradRatio, distill_loss, gate
 from .importance import SquaredGradients
 from .replica import Clock, Replica
+from .sensitivity import TokenSelection
 from .task import Task, rows_of
 from .teacher import BatchTeacher, CoTeacher
 from .terms import ClientTerm, label_loss
@@ -53,6 +55,7 @@ class TrainState:
     ratio: GradRatio | None = None  # chooses the weight in every step
     term: ClientTerm | None = None  # see the page on terms
     squares: SquaredGradients | None = None  # gathers the importance of weights
+    tokens: TokenSelection | None = None  # chooses the labels of texts
     totals: dict[str, Any] = field(default_factory=lambda: dict(
         loss=0.0, kd=0.0, steps=0, skipped=0, replayed=0))
 
@@ -154,10 +157,11 @@ def local_step(
     "One step of the objective."
     c, clock = train_state.config, train_state.clock
     replica.model.train(len(x) > 1)
-    with torch.autocast(replica.device.type, torch.bfloat16, enabled=c.precision == 'bf16'):
-        with clock('student'): logits = replica.model(x).float()  # [B, C] or [B, T, C]
-        loss = objective(train_state, x, y, logits)
-    with clock('student'): loss.backward()
+    with train_state.tokens.step(x, y) if train_state.tokens else nullcontext(y) as targets:
+        with torch.autocast(replica.device.type, torch.bfloat16, enabled=c.precision == 'bf16'):
+            with clock('student'): logits = replica.model(x).float()  # [B, C] or [B, T, C]
+            loss = objective(train_state, x, targets, logits)
+        with clock('student'): loss.backward()
     if train_state.anchors:
         add_proximal_grad([*replica.weights, *replica.others], train_state.anchors, c.prox)
     if train_state.term: train_state.term.change_gradients()

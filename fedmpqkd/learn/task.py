@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..core.config import RunConfig
 from ..data.text import IGNORED
+from .sensitivity import TokenSelection
 
 # %% ../../nbs/learn/09_task.ipynb #4261eee5
 def rows_of(
@@ -82,6 +83,12 @@ class Task(ABC):
     @abstractmethod
     def score(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
         "Accuracy in percent, `diverged`, `per_class` (may be empty) and the task's own metrics."
+
+    def selection(
+        self, config: RunConfig, model: nn.Module, generator: torch.Generator,
+    ) -> TokenSelection | None:
+        "What chooses labels during one local round; only texts have several a sample."
+        return None
 
     def relabelled(self, labels: Tensor) -> Self:
         "The same task with other labels; not every task can."

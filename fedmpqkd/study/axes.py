@@ -137,6 +137,13 @@ AXES |= {
     'controls': Axis('What else could do as much as a teacher', dict(base={}),
                      'fedmpq,fedmpq-kd,fedmpq-smooth,fedmpq-prox')}
 
+# %% ../../nbs/study/16d_axes.ipynb #61e3cbeb
+_SENT = 'fedavg,fedavg-fstq,fedavg-magnitude,qat-uniform-fstq,fedmpq,fedmpq-kd'
+
+AXES['coding'] = Axis('Bits by entry, at the bytes that FedMPQ-KD sends up',
+                      {'kd-bytes': dict(update_share=0.1563)}, _SENT,
+                      dict(study={'kd-bytes': dict(update_share=0.15478)}))
+
 # %% ../../nbs/study/16d_axes.ipynb #62f9ae49
 AXES |= {
     'rivals': Axis('Baselines', dict(base={}),

@@ -81,7 +81,7 @@ FIELDS = dict(model='tiny', clients=3, rounds=2, batch_size=8, lr=.05, dirichlet
 
 @pytest.mark.parametrize('method, more', [
     ('fedavg-fstq', {}), ('fedavg-oracle', {}), ('fedavg-example', {}), ('fedavg-magnitude', {}),
-    ('fedavg-adam-v', dict(lr=.003)), ('fedavg-topk', {}), ('fedavg-random', {}), ('qat-fstq', {})])
+    ('fedavg-adam-v', dict(lr=.003)), ('fedavg-topk', {}), ('fedavg-random', {}), ('qat-uniform-fstq', {})])
 def test_every_control_costs_the_same(method, more):
     run = open_run(make_config(method, **FIELDS | more, update_share=.15), dataset(), workers=1)
     before = {n: t.clone() for n, t in run.server.state.items()}

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from fedmpqkd.learn.sensitivity import (
     MODES,
     EmbeddingGradients,
+    TokenSelection,
     TokenTable,
     answering,
     chosen_tokens,
@@ -111,3 +112,69 @@ def test_a_shorter_text_keeps_labels_order_and_positions():
     short, places = shortened_texts(x, keep)
     assert short.tolist() == [[-5, 8, 9, -10], [2, -3, -1, -1]]
     assert places.tolist() == [[0, 3, 4, 5], [1, 2, 0, 0]]
+
+
+# a client's round -------------------------------------------------------------------------------------------
+
+LINE = torch.tensor([[4, 1, 2, 3, 0]])  # 4 asks, 1 2 3 answer, 0 ends
+TEXT = torch.where(torch.arange(5) < 4, LINE, ~LINE)  # marked: the first four positions predict something
+
+
+def selection(**fields):
+    "A linear model of which position i moves its own prediction only, and what chooses its labels."
+    from fedmpqkd.core.config import RunConfig
+    words, head = torch.nn.Embedding(5, 5), torch.nn.Linear(5, 5, bias=False)
+    with torch.no_grad():
+        words.weight.zero_()
+        head.weight.copy_(torch.diag(torch.tensor([1., 2., 4., 3., 0.])))
+    config = RunConfig(tokenizer='bytes', token_refresh=3, **fields)
+    return words, head, TokenSelection(config, words, 5, (0,), torch.Generator().manual_seed(0))
+
+
+def steps(words, head, choice, count):
+    "The labels of each step."
+    from fedmpqkd.models.language import counted, unmarked
+    labels = counted(TEXT)[1]
+    out = []
+    for _ in range(count):
+        with choice.step(TEXT, labels) as mine:
+            logits = head(words(unmarked(TEXT)[0]))[:, :4]
+            F.cross_entropy(logits.flatten(0, 1), mine.flatten(), ignore_index=-100).backward()
+        out.append(mine[0].tolist())
+    return out
+
+
+def test_labels_of_a_round_by_hand():
+    """All logits are 0, so p = 1/5 and g_i = sum_k w_k^2 (p_k - y_k)^2 with w = (1, 2, 4, 3, 0):
+    .04 (1 + 4 + 16 + 9) + .6 w_y^2 = 1.2 + .6 w_y^2. Token 4 predicts 1, token 1 predicts 2, 2 predicts 3 and
+    3 predicts 0: their sensitivities are 3.6, 10.8, 6.6 and 1.8."""
+    words, head, choice = selection(token_select='sensitivity', token_share=.3)
+    found = steps(words, head, choice, 5)
+    assert torch.allclose(choice.table.score(torch.arange(5)), torch.tensor([0, 10.8, 6.6, 1.8, 3.6]))
+    fewer = [1, -100, -100, 0]  # one of three, and the end, whose own sensitivity is 0
+    assert found == [[1, 2, 3, 0], fewer, fewer, [1, 2, 3, 0], fewer]
+    assert steps(*selection(token_select='sensitivity', token_share=.5), 2)[1] == [1, 2, -100, 0]
+
+
+def test_random_labels_are_as_many_and_measure_nothing():
+    words, head, choice = selection(token_select='random', token_share=.3)
+    found = steps(words, head, choice, 30)
+    assert all(line == [1, 2, 3, 0] for line in found[::3]) and not choice.table.seen.any()
+    others = [line for i, line in enumerate(found) if i % 3]
+    assert all(line[3] == 0 and sum(t != -100 for t in line) == 2 for line in others)
+    assert {tuple(line) for line in others} == {(1, -100, -100, 0), (-100, 2, -100, 0), (-100, -100, 3, 0)}
+
+
+def test_gradients_that_are_not_numbers_are_not_learned_from():
+    words, head, choice = selection(token_select='sensitivity', token_share=.3)
+    with torch.no_grad(): head.weight[0, 0] = float('nan')
+    steps(words, head, choice, 1)
+    assert not choice.table.seen.any()
+
+
+@pytest.mark.parametrize('fields, why', [
+    (dict(token_share=0), 'token_share'), (dict(token_share=1), 'token_share'),
+    (dict(token_refresh=1), 'at least 2'), (dict(token_select='attention'), 'sensitivity, random')])
+def test_selections_that_select_nothing_are_refused(fields, why):
+    from fedmpqkd.core.config import RunConfig
+    with pytest.raises(ValueError, match=why): RunConfig(tokenizer='bytes', **fields)

@@ -6,7 +6,14 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from fedmpqkd.report.fstq import budget_of, fstq_claims, fstq_pairs, fstq_table, write_fstq  # noqa: E402
+from fedmpqkd.report.fstq import (  # noqa: E402
+    budget_of,
+    fstq_claims,
+    fstq_pairs,
+    fstq_table,
+    token_pairs,
+    write_fstq,
+)
 from fedmpqkd.study.fstq import run_fstq, runs_of  # noqa: E402
 
 
@@ -28,19 +35,31 @@ def test_rows_of_a_budget_send_equal_bytes_and_keep_to_it(outcome):
     assert [budget_of(r) for r in uniform] == [0.1, 0.3]
 
 
+def test_choosing_labels_changes_what_is_learned_and_not_what_is_sent(outcome):
+    own = [r for r in outcome.records if r["config"]["method"] == "fedavg-fstq"
+           and (r["config"]["optimizer"], r["config"]["update_share"]) == ("adamw", 0.1)]
+    assert [r["config"]["token_select"] for r in own] == ["none", "sensitivity", "random"]
+    sent = [r["summary"]["bytes_up"] for r in own]
+    assert max(sent) - min(sent) < 0.01 * min(sent)  # a budget is filled up to what does not fit any more
+    assert len({r["curve"][-1]["nll"] for r in own}) == 3
+
+
 def test_each_run_once_and_the_pair_first(outcome):
     planned = runs_of("smoke", seeds=0, rounds=2)
     assert [(r["config"]["method"], r["config"]["optimizer"]) for r in outcome.records] == [
         (c.method, c.optimizer) for c in planned]
     assert {c.method for c in planned[:3]} == {"fedavg", "fedavg-fstq", "fedavg-magnitude"}
-    assert len(planned) == 14  # 6 + 5 of which fp32 is one, and three under SGD
+    assert len(planned) == 16  # 6 + 5 of which fp32 is one, three under SGD, two with some of the labels
+    assert [(c.method, c.token_select) for c in planned[-2:]] == [
+        ("fedavg-fstq", "sensitivity"), ("fedavg-fstq", "random")]
     assert all(c.error_feedback for c in planned if c.method != "fedavg")
 
 
 def test_tables(outcome, tmp_path, monkeypatch):
     table, both = fstq_table(outcome.records), fstq_pairs(outcome.records)
-    assert table["nats per byte"].between(1, 8).all() and len(table) == 14
+    assert table["nats per byte"].between(1, 8).all() and len(table) == 16
     assert both.n.tolist() == [1, 1, 1] and math.isnan(both.ci_low[0])
+    assert [pair.n.tolist() for pair in token_pairs(outcome.records)] == [[1], [1]]
     assert (fstq_claims(outcome.records).measured != "").sum() == 2
     assert not outcome.declared
     outcome.root = tmp_path
