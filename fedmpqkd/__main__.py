@@ -268,10 +268,11 @@ _PLUGINS = click.option('--plugins', default='', help='Python files of your own,
 
 def _show_list(plugins: str, name: str, *arguments: Any) -> None:
     "Load plug-ins, and print a table of the page of lists."
-    from fedmpqkd.study.experiments import load_plugins
     from fedmpqkd.tools import lists
     _never_fail_to_print()
-    load_plugins(plugins)
+    if plugins:
+        from fedmpqkd.study.experiments import load_plugins
+        load_plugins(plugins)
     print(lists.aligned(getattr(lists, name)(*arguments)))
 
 @cli.command()

@@ -8,7 +8,7 @@ __all__ = ['UPDATE_RULES', 'DISTILL_LOSSES', 'TASK_LOSSES', 'CLIENT_TERMS', 'AGG
            'RULES', 'PARTS', 'REVISIONS', 'Allowed', 'one_of', 'interval', 'setting', 'TaskConfig', 'FederationConfig',
            'TrainingConfig', 'is_augmentation', 'AugmentationConfig', 'QuantisationConfig', 'DistillationConfig',
            'TrafficConfig', 'CodingConfig', 'LanguageConfig', 'as_list', 'as_typed', 'exchanges_controls', 'RunConfig',
-           'config_from', 'plain', 'canonical', 'Revision', 'algorithm_version', 'run_id']
+           'unknown', 'config_from', 'plain', 'canonical', 'Revision', 'algorithm_version', 'run_id']
 
 # %% ../../nbs/core/01_config.ipynb #13849d93
 import dataclasses
@@ -18,7 +18,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,11 @@ class Allowed:
     def words(self) -> str:
         "The text, and the names that have been registered since."
         return ', '.join([self.text, *(n for n in self.registry if n not in self.choices)])
+
+    def near(self, value: Any) -> str:
+        "A question, where a name is close."
+        found = difflib.get_close_matches(str(value), [*self.choices, *self.registry], 1)
+        return f'did you mean {found[0]}? ' if found else ''
 
 def one_of(
     *choices: str,
@@ -179,7 +184,8 @@ class AugmentationConfig:
     augment: str = setting(
         'none', "what follows crop and mirror of training images; 'auto' chooses among several",
         Allowed(lambda v: v == 'auto' or is_augmentation(v),
-                f'allowed are none, auto, {", ".join((*AUGMENTS, *MIXING))}, or {_MIX_LAST}'))
+                f'allowed are none, auto, {", ".join((*AUGMENTS, *MIXING))}, or {_MIX_LAST}',
+                choices=('none', 'auto', *AUGMENTS, *MIXING)))
     augment_every: int = setting(
         10, "with 'auto': rounds between choices, and before the first", POSITIVE)
     augment_choices: str = setting(
@@ -465,10 +471,25 @@ class RunConfig(LanguageConfig, CodingConfig, TrafficConfig, DistillationConfig,
         users = {part.partition(':')[0] for part in self.extension.split('+')}  # fields that name users' code
         for f in dataclasses.fields(self):
             allowed: Allowed | None = f.metadata['allowed']
-            if allowed and f.name not in users and not allowed.holds(getattr(self, f.name)):
-                raise ValueError(f'{f.name}={getattr(self, f.name)!r}: {allowed.words}')
+            if allowed and f.name not in users and not allowed.holds(value := getattr(self, f.name)):
+                raise ValueError(f'{f.name}={value!r}: {allowed.near(value)}{allowed.words}')
         for rule in RULES:
             for problem in rule(self): raise ValueError(problem)
+
+# %% ../../nbs/core/01_config.ipynb #4d5a8c09
+def unknown(
+    kind: str,  # 'method', 'model', ...
+    name: Any,  # that was asked for
+    known: Iterable[str],  # names
+    command: str = '',  # that lists them, 'methods'
+) -> ValueError:  # to be raised
+    "An error about a name."
+    names = list(known)
+    near = difflib.get_close_matches(str(name), names, 3)
+    words = f'unknown {kind} {name!r}' + (f': did you mean {" or ".join(near)}?' if near else '')
+    more = f'`fedmpqkd {command}` lists all, your own need their file in plugins'
+    if command: return ValueError(f'{words}; {more}')
+    return ValueError(words if near else f'{words}; choose from {", ".join(names)}')
 
 # %% ../../nbs/core/01_config.ipynb #dfa6f516
 def config_from(

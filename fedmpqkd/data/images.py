@@ -8,7 +8,7 @@ __all__ = ['CIFAR', 'MOST_ROWS', 'MOST_BYTES', 'MOST_IMAGE', 'DataMissing', 'Dam
            'load_digits', 'normalize', 'pad_images', 'draw_views', 'crop_flip', 'Cifar', 'find_shards', 'declared_size',
            'decode_image', 'open_shard', 'read_shard', 'read_shards', 'as_dataset', 'source_key', 'load_cache',
            'save_cache', 'cache_folder', 'search_places', 'read_parquet', 'read_pickle', 'read_torchvision',
-           'register_dataset', 'dataset_names', 'load_dataset']
+           'register_dataset', 'dataset_names', 'load_dataset', 'is_at_hand']
 
 # %% ../../nbs/data/02_images.ipynb #723bfd31
 import hashlib
@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..core.config import unknown
 from ..core.streams import rng
 
 # %% ../../nbs/data/02_images.ipynb #f6c9b7cb
@@ -701,11 +702,11 @@ def read_torchvision(
     download: bool = False,  # fetch what is missing
 ) -> Dataset | None:  # None: nothing here
     "CIFAR from the files that torchvision keeps."
+    folder = root / spec.torchvision
+    if not download and not folder.exists(): return None
     from torchvision.datasets import CIFAR10, CIFAR100
-
-    folder, reader = root / spec.torchvision, CIFAR10 if spec.folder == 'cifar10' else CIFAR100
+    reader = CIFAR10 if spec.folder == 'cifar10' else CIFAR100
     if download: _fetch(reader, root)
-    elif not folder.exists(): return None
 
     splits, key = [], 'labels' if spec.folder == 'cifar10' else f'{spec.label}s'
     for files in (reader.train_list, reader.test_list):
@@ -748,9 +749,7 @@ def load_dataset(
     "Find, check and load a data set by name."
     if name == 'digits': return load_digits()
     if name in _LOADERS: return cast(Dataset, from_any(name, _LOADERS[name]()))
-    if name not in CIFAR:
-        known = ', '.join(dataset_names())
-        raise ValueError(f'unknown data set {name!r}; known are {known}; see register_dataset')
+    if name not in CIFAR: raise unknown('data set', name, dataset_names(), 'data')
 
     spec, cache = CIFAR[name], cache_folder(cache_dir)
     places = search_places(data_dir, cache)
@@ -764,3 +763,16 @@ def load_dataset(
         f'{name} is in none of: {", ".join(map(str, places))}. '
         f'Put the Parquet files of huggingface.co/datasets/uoft-cs/{spec.folder} in DIR/{spec.folder} '
         'and pass data_dir=DIR or set $FEDMPQKD_DATA=DIR, or pass download=True.')
+
+# %% ../../nbs/data/02_images.ipynb #4fcf8cb0
+def is_at_hand(
+    name: str,  # of a CIFAR task
+    data_dir: str | Path | None = None,  # search here and nowhere else
+) -> bool:
+    "Are the files of a task somewhere? They are counted, not read."
+    spec = CIFAR[name]
+    for place in search_places(data_dir, cache_folder()):
+        if (place / spec.torchvision).is_dir(): return True
+        if any(find_shards(f, 'train') and find_shards(f, 'test') for f in (place / spec.folder, place)):
+            return True
+    return False

@@ -31,6 +31,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..core.config import unknown
 from ..core.streams import torch_rng
 
 # %% ../../nbs/models/04_vision.ipynb #66e04594
@@ -271,8 +272,7 @@ def build_model(
     image: tuple[int, ...] = IMAGE,  # channels, height, width
 ) -> nn.Module:  # in training mode, fp32, on the CPU
     "A network by name, with reproducible initial weights."
-    if name not in _MODELS:
-        raise ValueError(f'unknown model {name!r}; choose from {", ".join(model_names())}')
+    if name not in _MODELS: raise unknown('model', name, _MODELS, 'models')
     if classes < 1: raise ValueError(f'classes must be at least 1, got {classes}')
 
     make = _MODELS[name]

@@ -18,6 +18,7 @@ import pandas as pd
 from ..core.config import RunConfig, config_from
 from ..core.journal import project_root, write_atomic
 from ..core.record import Record
+from ..federation.methods import PROJECT
 from ..models.vision import build_model, layout
 from .claims import beside_the_paper, is_the_papers_task
 from fedmpqkd.report.evidence import (
@@ -104,6 +105,16 @@ def _say_leader(runs: pd.DataFrame, entries: pd.DataFrame) -> str:
     return text + (f' Among the quantised models {first} is {ahead:.2f} points ahead of `{b}` '
                    f'({_entry_of(entries, b)}){tie}.')
 
+# %% ../../nbs/report/17a_captions.ipynb #160ccbc0
+def _tested(
+    found: Any,  # a row of `comparisons`
+) -> str:
+    "How sure a difference is."
+    if found.n < 2: return f' on {_many(found.n, "common seed")}, which cannot be tested: undecided.'
+    return (f' over {found.n} paired seeds (95 % interval {found.ci_low:.2f} to {found.ci_high:.2f}, '
+            f'paired t p = {found.p:.2g}, after Holm {found.p_holm:.2g}, '
+            f'sign-flip p = {found.sign_flip_p:.2g}): {found.verdict}.')
+
 # %% ../../nbs/report/17a_captions.ipynb #8aa83eda
 def _say_gain(runs: Runs) -> str:
     "What distillation is worth, and whether it happened at all."
@@ -119,10 +130,7 @@ def _say_gain(runs: Runs) -> str:
         return f'No round of `fedmpq-kd` distilled anything ({why}): it is `fedmpq` under another name.'
     found = comparisons(runs).set_index(['a', 'b']).loc[('fedmpq-kd', 'fedmpq')]
     text = f'Distillation changes the accuracy of `fedmpq` by {found.difference:+.2f} points'
-    if found.n < 2: return text + f' on {found.n} common seed, which cannot be tested: undecided.'
-    return text + (f' over {found.n} paired seeds (95 % interval {found.ci_low:.2f} to {found.ci_high:.2f}, '
-                   f'paired t p = {found.p:.2g}, after Holm {found.p_holm:.2g}, '
-                   f'sign-flip p = {found.sign_flip_p:.2g}): {found.verdict}.')
+    return text + _tested(found)
 
 # %% ../../nbs/report/17a_captions.ipynb #3d97b91a
 def _say_cost(runs: pd.DataFrame) -> str:
@@ -173,6 +181,15 @@ def _say_uniform(runs: Runs, entries: pd.DataFrame) -> str:
         tail = f'more than the spread over seeds ({noise:.2f})'
     return f'`fedmpq` and `qat-uniform` differ by {found.difference:+.2f} points (n={found.n}), {tail}.'
 
+# %% ../../nbs/report/17a_captions.ipynb #c88be6c8
+def _say_own(runs: Runs) -> str:
+    "By what users' methods differ from the project's."
+    lost = diverged_methods(runs.records)
+    found = comparisons(runs)
+    rows = [row for row in found[~found.a.isin(PROJECT)].itertuples() if not {row.a, row.b} & lost]
+    return ' '.join(f'`{row.a}` differs from `{row.b}` by {row.difference:+.2f} points{_tested(row)}'
+                    for row in rows)
+
 # %% ../../nbs/report/17a_captions.ipynb #bdfdd205
 def _say_trials(runs: pd.DataFrame) -> str:
     "What is left under attack and on corrupted images."
@@ -209,7 +226,7 @@ def reading(
     sound, kept = frame[~frame.method.isin(lost)], entries[~entries.index.isin(lost)]
     leader = _say_leader(sound, kept) if len(kept) else 'Every method has diverged: nothing to compare.'
     sentences = [failures(runs.records), single, leader, _say_gain(runs), _say_cost(frame), _say_bits(runs),
-                 _say_uniform(runs, entries), _say_trials(frame), total]
+                 _say_uniform(runs, entries), _say_own(runs), _say_trials(frame), total]
     return ' '.join(s for s in sentences if s) + '\n'
 
 # %% ../../nbs/report/17a_captions.ipynb #a4840565

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIALS', 'Records', 'COSTS', 'PAIRS', 'MARGIN', 'ordinary', 'Runs', 'gather', 'gather_tried', 'runs_frame', 'table',
            'escape', 'to_markdown', 'to_latex', 'latex_panels', 'robustness_table', 'plot_curves', 'plot_both',
-           'figure_pdf', 'curves_pdf', 'comparisons', 'at_round', 'extra_time']
+           'figure_pdf', 'curves_pdf', 'pairs_of', 'comparisons', 'at_round', 'extra_time']
 
 # %% ../../nbs/report/17_evidence.ipynb #38e74720
 import io
@@ -20,8 +20,8 @@ from ..core.record import Record
 from ..evaluate.attacks import EPSILONS, TRANSFER
 from ..evaluate.metrics import headline
 from ..evaluate.statistics import detectable, equivalence_test, holm, paired_test
-from ..federation.methods import RECIPES
-from ..study.records import check_comparable
+from ..federation.methods import PROJECT, RECIPES, difference
+from ..study.records import check_comparable, config_of
 
 # %% ../../nbs/report/17_evidence.ipynb #83c2e6f8
 TRIALS = ('Clean %', *(f'FGSM {e}/255' for e in EPSILONS),
@@ -366,14 +366,33 @@ def _paired(a: pd.Series, b: pd.Series) -> dict[str, Any]:
         found |= dict(equivalence_p=equivalence_test(x, y, MARGIN), detectable=detectable(spread, len(seeds)))
     return dict(seeds=', '.join(map(str, seeds))) | found
 
+# %% ../../nbs/report/17_evidence.ipynb #48a2fd47
+def _distance(one: Record, other: Record) -> int:
+    "In how many fields two methods differ."
+    return len(difference(config_of(one), config_of(other)).keys() - {'method', 'seed', 'extension'})
+
+def pairs_of(
+    records: Records,  # comparable ones
+) -> list[tuple[str, str]]:  # the `PAIRS` that were run, and each method of a user's with its nearest
+    "What is compared where nothing else is asked for."
+    runs = gather(records)
+    first: dict[str, Record] = {}
+    for r in runs.records: first.setdefault(r['config']['method'], r)
+    known = [m for m in RECIPES if m in PROJECT and m in first]
+    found = [p for p in PAIRS if set(p) <= set(first)]
+    if not known: return found
+    return found + [(m, min(known, key=lambda near: _distance(first[m], first[near])))
+                    for m in runs.frame.method.unique() if m not in PROJECT]
+
 # %% ../../nbs/report/17_evidence.ipynb #0fec798a
 def comparisons(
     records: Records,  # comparable ones
-    pairs: Sequence[tuple[str, str]] | None = None,  # (a, b): is a better? None: the `PAIRS` that were run
+    pairs: Sequence[tuple[str, str]] | None = None,  # (a, b): is a better? None: those of `pairs_of`
 ) -> pd.DataFrame:  # a row per pair; differences are a - b in points of accuracy
     "Paired tests over the seeds that two methods share."
-    by_method = {m: g.set_index('seed').accuracy for m, g in gather(records).frame.groupby('method')}
-    if pairs is None: pairs = [p for p in PAIRS if set(p) <= set(by_method)]
+    runs = gather(records)
+    by_method = {m: g.set_index('seed').accuracy for m, g in runs.frame.groupby('method')}
+    if pairs is None: pairs = pairs_of(runs)
     if missing := sorted({m for p in pairs for m in p} - set(by_method)):
         raise ValueError(f'no record of {", ".join(missing)}; there are {", ".join(by_method)}')
     rows: list[dict[str, Any]] = [dict(a=a, b=b) | _paired(by_method[a], by_method[b]) for a, b in pairs]

@@ -6,6 +6,7 @@
 __all__ = ['find_records', 'load', 'save', 'load_model', 'import_flower']
 
 # %% ../../nbs/report/17g_frames.ipynb #580de990
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -42,20 +43,31 @@ def find_records(
     return load_records(folder.parents[1], folder.parent.name, folder.name)
 
 # %% ../../nbs/report/17g_frames.ipynb #dd6f3046
-def _row(record: Record) -> dict[str, Any]:
-    "A run in one row."
-    config, summary = record['config'], pd.json_normalize(dict(record['summary']), sep='_').iloc[0].to_dict()
+def _framed(record: Record, results: dict[str, Any]) -> dict[str, Any]:
+    "Results between a run's identity and its circumstances."
+    config = dataclasses.asdict(config_of(record))  # fields that are younger than the record as well
     own = dict(id=record['id'], method=config['method'], seed=config['seed'])
-    results = {(f'{k}_' if k in config else k): v for k, v in summary.items()}
+    named = {(f'{k}_' if k in config else k): v for k, v in results.items()}
     facts = {f'data_{k}': v for k, v in record['data'].items()}
     place = {k: record['environment'].get(k) for k in ('device', 'workers')}
-    return own | results | facts | place | config
+    if 'data_image' in facts: facts['data_image'] = tuple(record['data']['image'])
+    return own | named | facts | place | config
+
+def _row(record: Record) -> dict[str, Any]:
+    "A run in one row."
+    return _framed(record, pd.json_normalize(dict(record['summary']), sep='_').iloc[0].to_dict())
 
 def _rounds(record: Record) -> list[dict[str, Any]]:
-    "A run's rounds, numbers only."
-    config = record['config']
-    own = dict(id=record['id'], method=config['method'], seed=config['seed'])
-    return [own | {k: v for k, v in line.items() if isinstance(v, int | float)} for line in record['curve']]
+    "A run's rounds, their numbers only."
+    return [_framed(record, {k: v for k, v in line.items() if isinstance(v, int | float)})
+            for line in record['curve']]
+
+# %% ../../nbs/report/17g_frames.ipynb #79409e0d
+def _tell_mixed(where: str | Path, frame: pd.DataFrame) -> None:
+    "Say that a folder holds several data sets, or one that has changed."
+    versions = frame.groupby(['dataset', 'train_images', 'test_images']).data_fingerprint.nunique()
+    if frame.dataset.nunique() > 1 or versions.max() > 1:
+        print(f'{where} holds runs on several data sets: group by dataset and data_fingerprint')
 
 def load(
     where: str | Path,  # 'exp1/mini', or a folder's path
@@ -64,8 +76,9 @@ def load(
 ) -> pd.DataFrame:
     "Records as a data frame."
     records = find_records(where, results)
-    if curves: return pd.DataFrame([line for r in records for line in _rounds(r)])
-    return pd.DataFrame([_row(r) for r in records])
+    frame = pd.DataFrame([line for r in records for line in (_rounds(r) if curves else [_row(r)])])
+    if len(frame): _tell_mixed(where, frame)
+    return frame
 
 # %% ../../nbs/report/17g_frames.ipynb #7af7e663
 def save(
@@ -75,7 +88,7 @@ def save(
     "Write a data frame."
     path = Path(path).expanduser()
     plain = frame.copy()
-    for name in plain.columns[plain.map(lambda v: isinstance(v, list | dict)).any()]:
+    for name in plain.columns[plain.map(lambda v: isinstance(v, list | tuple | dict)).any()]:
         plain[name] = plain[name].map(json.dumps)
     if path.suffix == '.csv': return write_atomic(path, plain.to_csv(index=False).encode())
     if path.suffix == '.parquet': return write_atomic(path, plain.to_parquet(index=False))

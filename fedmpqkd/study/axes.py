@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any
 
-from ..core.config import as_list, as_typed
+from ..core.config import as_list, as_typed, unknown
 from fedmpqkd.study.experiments import (
     EXPERIMENTS,
     Outcome,
@@ -158,7 +158,7 @@ def find_axis(
     axis: str,  # its name
 ) -> Axis:
     "An axis by its name."
-    if axis not in AXES: raise ValueError(f'axis={axis!r}: choose from {", ".join(AXES)}')
+    if axis not in AXES: raise unknown('axis', axis, AXES)
     return AXES[axis]
 
 def _resolved(value: Any, rounds: int) -> Any:

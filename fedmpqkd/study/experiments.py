@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXP1', 'EXP2', 'EXP3', 'EXP5', 'EXP5_ARC', 'EXP7', 'EXPERIMENTS', 'CITED', 'Experiment', 'choose_device',
            'choose_preset', 'choose_precision', 'load_plugins', 'tuned_path', 'tuned_values', 'tuned_for', 'check_rows',
-           'whole_of_own', 'plan', 'Job', 'load_task', 'open_job', 'run_job', 'wait_for', 'run_sweep', 'match_bytes',
-           'Outcome', 'parse_fields', 'departure', 'run_experiment']
+           'whole_of_own', 'scale_folder', 'plan', 'Job', 'load_task', 'open_job', 'run_job', 'wait_for', 'run_sweep',
+           'match_bytes', 'Outcome', 'parse_fields', 'departure', 'run_experiment']
 
 # %% ../../nbs/study/16b_experiments.ipynb #f07bda6d
 import hashlib
@@ -272,6 +272,16 @@ def whole_of_own(
     if dataset not in _LOADERS: return values
     return {k: v for k, v in values.items() if k not in ('train_images', 'test_images')}
 
+# %% ../../nbs/study/16b_experiments.ipynb #d80a42d5
+def scale_folder(
+    experiment: Experiment,  # setting
+    preset: str,  # 'demo', ...
+    dataset: str,  # of the runs
+) -> str:  # 'demo', or 'demo-flowers' for other data than the preset's
+    "The folder of an experiment's records at one scale, on one data set."
+    usual = (experiment.fields | experiment.presets[preset])['dataset']
+    return preset if dataset == usual else f'{preset}-{dataset}'
+
 # %% ../../nbs/study/16b_experiments.ipynb #e8176aea
 def plan(
     experiment: Experiment,  # setting
@@ -427,16 +437,18 @@ class Outcome:
     root: Path  # the repository or working directory
     declared: bool = False  # are these all rows of the preset, and nothing else?
     results: Path = Path('results')  # results folder
+    scale: str = ''  # folder of the records, where it is not the preset's name
 
     @property
     def folder(self) -> Path:
         "Where the records are."
-        return self.results / self.experiment / self.preset
+        return self.results / self.experiment / (self.scale or self.preset)
 
     @property
     def generated(self) -> Path:
         "Where tables and figures go: to the paper's only those of a declared preset with all its rows."
-        return self.root / ('paper' if self.declared else 'runs') / 'generated'
+        place = self.root / ('paper' if self.declared else 'runs') / 'generated'
+        return place / self.scale if self.scale not in ('', self.preset) else place
 
 # %% ../../nbs/study/16b_experiments.ipynb #f53bf509
 def parse_fields(
@@ -489,11 +501,15 @@ def _prepare(
     wanted = experiment.fields | experiment.presets[preset] | given
     asked = precision or wanted.get('precision', 'auto')
     precision = choose_precision(asked, device, str(wanted['model']))
-    tuned = tuned_values(results, experiment.tuned_by or name, preset)
+    scale = scale_folder(experiment, preset, str(wanted['dataset']))
+    own = tuned_values(results, experiment.tuned_by or name, scale)
+    tuned = own or tuned_values(results, experiment.tuned_by or name, preset)
     configs = plan(experiment, preset, methods, seeds, tuned, **values | dict(precision=precision))
     how = 'values tuned on validation images' if tuned else 'the same values for all methods'
+    if tuned and not own: how += f' of the preset, not of {configs[0].dataset}'
     print(f'{name}: preset {preset} ({why}), {len(configs)} runs of {configs[0].rounds} rounds on {device}, '
           f'{precision}, {how}' + (_WINDOWS if os.name == 'nt' else ''))
+    if scale != preset: print(f'{configs[0].dataset} is not the data set of {preset}: records go to {scale}')
     return preset, configs
 
 # %% ../../nbs/study/16b_experiments.ipynb #8ef08e40
@@ -532,10 +548,11 @@ def run_experiment(
     if any(c.dataset in _LOADERS for c in configs): _cut.cache_clear()
 
     def job(c: RunConfig) -> Job:
-        group = f'{name}/{preset}'
+        group = f'{name}/{scale_folder(EXPERIMENTS[name], preset, c.dataset)}'
         return Job(c, str(results), group, data_dir, device, workers, plugins, callbacks=callbacks)
 
     records = run_sweep([job(c) for c in configs if c.method != EQUAL_BYTES], executor)
     waiting = [c for c in configs if c.method == EQUAL_BYTES]
     records += run_sweep([job(match_bytes(c, records)) for c in waiting], executor)
-    return Outcome(name, preset, records, project_root(), not why, results)
+    scale = scale_folder(EXPERIMENTS[name], preset, configs[0].dataset)
+    return Outcome(name, preset, records, project_root(), not why, results, scale)

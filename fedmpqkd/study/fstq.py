@@ -21,6 +21,7 @@ from fedmpqkd.study.experiments import (
     parse_fields,
     plan,
     run_sweep,
+    scale_folder,
 )
 
 # %% ../../nbs/study/16j_fstq.ipynb #ff66bf19
@@ -120,5 +121,6 @@ def run_fstq(
     own = results.resolve() == (project_root() / 'results').resolve()
     declared = own and preset == CITED['exp7'] and set(configs) == set(runs_of(preset))
     print(f'exp7: preset {preset}, {len(configs)} runs of {configs[0].rounds} rounds on {device}')
-    jobs = [Job(c, str(results), f'exp7/{preset}', data_dir, device, workers) for c in configs]
-    return Outcome('exp7', preset, run_sweep(jobs), project_root(), declared, results)
+    scale = scale_folder(EXPERIMENTS['exp7'], preset, configs[0].dataset)
+    jobs = [Job(c, str(results), f'exp7/{scale}', data_dir, device, workers) for c in configs]
+    return Outcome('exp7', preset, run_sweep(jobs), project_root(), declared, results, scale)

@@ -31,6 +31,8 @@ from fedmpqkd.study.experiments import (
     choose_preset,
     load_plugins,
     load_task,
+    scale_folder,
+    whole_of_own,
 )
 from fedmpqkd.study.students import (
     VERSION,
@@ -264,7 +266,7 @@ def pieces_of(
 ) -> Pieces:
     # long: three kinds of recipes from one table of values
     "What a study is made of."
-    values = EXP4.fields | EXP4.presets[preset]
+    values = whole_of_own(EXP4.fields | EXP4.presets[preset], given.get('dataset'))
     asked = {k: v for k, v in given.items() if v not in (None, '')}
     own = {f.name for kind in (StudentRecipe, ScoreRecipe) for f in dataclasses.fields(kind)}
     known = own | {f'teacher_{f.name}' for f in dataclasses.fields(TeacherRecipe)} | OWN
@@ -344,7 +346,8 @@ def run_study(
     pieces = pieces_of(preset, **given)
     root = project_root()
     results = Path(results_dir).expanduser() if results_dir else root / 'results'
-    folder, c = results / 'exp4' / preset / 'pieces', pieces.teacher
+    c = pieces.teacher
+    folder = results / 'exp4' / scale_folder(EXP4, preset, c.dataset) / 'pieces'
     usual = pieces == pieces_of(preset) and not teacher and results.resolve() == (root / 'results').resolve()
     say(f'exp4: preset {preset} ({why}), {len(pieces.students)} students, '
         f'{len(pieces.scores)} augmentations, on {device}')

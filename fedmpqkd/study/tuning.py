@@ -15,7 +15,7 @@ from typing import Any
 from ..core.config import as_list
 from ..core.journal import project_root, read_record, write_atomic
 from ..core.record import Record
-from .experiments import EXPERIMENTS, run_experiment, tuned_path
+from .experiments import EXPERIMENTS, run_experiment, scale_folder, tuned_path
 
 # %% ../../nbs/study/16c_tuning.ipynb #dc571c5f
 RATES = (0.03, 0.1, 0.3)  # the default grid: learning rates around the published one
@@ -51,6 +51,7 @@ def _choice(
     return best_point(points, scores) | dict(runs=[r['id'] for records in runs for r in records])
 
 # %% ../../nbs/study/16c_tuning.ipynb #a11f8eb5
+# long: its parameters, one a line
 def tune(
     name: str,  # experiment
     preset: str,  # whose runs the choice is for
@@ -62,12 +63,13 @@ def tune(
     **how: Any,  # rounds, data_dir, device, executor, ...: as for `run_experiment`
 ) -> dict[str, Any]:  # the record
     "Choose values for every method under one budget of runs."
-    values = EXPERIMENTS[name].presets[preset]
+    values = EXPERIMENTS[name].fields | EXPERIMENTS[name].presets[preset]
     both = set(as_list(seeds)) & set(as_list(values['seeds']))
     if both: raise ValueError(f'seeds {sorted(both)} belong to the comparison')
     results = Path(results_dir).expanduser() if results_dir else project_root() / 'results'
     chosen, points = as_list(methods) or as_list(values['methods']), grid_points(grid or dict(lr=RATES))
-    path = tuned_path(results, name, preset)
+    scale = scale_folder(EXPERIMENTS[name], preset, str(how.get('dataset') or values['dataset']))
+    path = tuned_path(results, name, scale)
     choices = read_record(path).get('choices', {}) if path.exists() else {}
     found = [run_experiment(name, preset, chosen, seeds, results_dir=str(results / 'tuning'),
                             validation=validation, stress='none', **how, **point).records for point in points]

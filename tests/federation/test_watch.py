@@ -133,3 +133,16 @@ def test_a_run_whose_accuracy_collapses_says_so_once(capsys):
     start = f'fedavg seed 0, round 4: accuracy has collapsed to {low:.1f} %, from {best:.1f} % in round 2;'
     assert len(said) == 1 and said[0].startswith(start) and 'lr below 0.05' in said[0]
     assert 'bits' not in said[0] and 'alpha' not in said[0]
+
+
+@pytest.mark.parametrize('change, told', [
+    (dict(lr=0.0, rounds=5), True), (dict(lr=0.0, rounds=4), False), (dict(rounds=5), False),
+    (dict(lr=0.0, rounds=8, participation=0.5), False), (dict(lr=0.0, rounds=2, local_epochs=3), True)])
+def test_a_run_that_learns_nothing_says_so_at_its_end(change: dict, told: bool, capsys):
+    "At rate zero nothing is learned, which is only worth a line if images were seen five times."
+    config = make_config('fedmpq', partition='iid', bits=4, **TINY | change)
+    run, curve = open_run(config, load_dataset('digits').subset(400, 200), workers=1), []
+    try: play(run, curve)
+    finally: run.pool.close()
+    said = [text for text in capsys.readouterr().out.splitlines() if 'no better than' in text]
+    assert len(said) == told and all('another lr than 0' in text and 'bits above 4' in text for text in said)

@@ -231,7 +231,7 @@ def test_activations_can_be_exchanged_but_the_first():
 def test_what_is_refused(monkeypatch):
     # other tests register networks of their own
     monkeypatch.setattr(M, '_MODELS', {name: M._MODELS[name] for name in ALL})
-    with pytest.raises(ValueError, match="unknown model 'vgg'; choose from mobilenetv2"):
+    with pytest.raises(ValueError, match="unknown model 'vgg'; `fedmpqkd models` lists all"):
         M.build_model('vgg', 10)
     with pytest.raises(ValueError, match='classes must be at least 1'): M.build_model('resnet8', 0)
     with pytest.raises(ValueError, match='no exchangeable activations'):

@@ -341,6 +341,22 @@ def test_default_claims_are_those_that_were_run():
         evidence.comparisons(THREE, [("fedkd", "fedavg")])
 
 
+def test_a_users_method_is_paired_with_what_it_was_made_from(monkeypatch):
+    "By seed; in the table and in the reading; after the plug-in is gone; the built-in claims stay first."
+    monkeypatch.setitem(RECIPES, "mine", RECIPES["fedmpq-kd"] | dict(kd_loss="mse"))
+    monkeypatch.setitem(RECIPES, "sums", RECIPES["fedavg"] | dict(prox=0.5))
+    own = [record("mine", s, a) for s, a in ((1, 86.0), (2, 86.4), (0, 85.6))] + rows("sums", (70, 71, 72))
+    for name in ("mine", "sums"): monkeypatch.delitem(RECIPES, name)
+    found = evidence.comparisons(THREE + own + rows("fedavg", (71, 72, 73)))
+    assert found[["a", "b"]].values.tolist() == [
+        ["fedmpq-kd", "fedmpq"], ["mine", "fedmpq-kd"], ["sums", "fedavg"]]
+    assert found.difference.tolist() == pytest.approx([2.6, 1.3, -1.0])  # 85.6, 86, 86.4 of `mine`
+    assert found.seeds.tolist() == ["0, 1, 2"] * 3 and set(found.verdict) == {"undecided"}
+    said = captions.reading(THREE + own)
+    assert "`mine` differs from `fedmpq-kd` by +1.30 points over 3 paired seeds" in said
+    assert evidence.comparisons(own).empty
+
+
 # beside the paper, reading, caption -------------------------------------------------------------------------
 
 def at(preset: str, seed: int, method: str, accuracy: float, experiment: str = "exp1", **kw) -> dict:

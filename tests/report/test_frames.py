@@ -40,6 +40,43 @@ def test_exported_tables_hold_what_the_records_hold(tmp_path: Path, ending: str,
         assert json.loads(row.bits) == r["config"]["bits"]
 
 
+def test_rounds_have_the_columns_by_which_runs_differ(tmp_path: Path):
+    "Two rates of one method under one seed: their curves come apart by a column, and are right."
+    tiny = dict(preset='smoke', methods='fedavg', rounds=2, clients=2, results_dir=str(tmp_path),
+                device='cpu', workers=1, fields='train_images=60,test_images=20')
+    wanted = {lr: run_experiment('exp1', lr=lr, **tiny).records[0]['curve'] for lr in (0.01, 0.02)}
+    rounds = fedmpqkd.load('exp1/smoke', curves=True, results=tmp_path)
+    for (lr, bits), own in rounds.groupby(['lr', 'bits']):
+        assert own.accuracy.tolist() == [line['accuracy'] for line in wanted[lr]] and bits == (4.0,)
+        assert set(own.data_name) == {'digits'} and own['round'].tolist() == [1, 2]
+    younger = fedmpqkd.load('exp3/mini', curves=True)  # some records are older than the field teacher_norm
+    assert set(younger.teacher_norm) == {'running', 'batch'}
+
+
+def of_threes(value: int):
+    x = torch.arange(60 * 192).reshape(60, 3, 8, 8).mul(value).to(torch.uint8)
+    return lambda: from_tensors('threes', x[:40], torch.arange(40) % 2, x[40:], torch.arange(20) % 2)
+
+
+def test_own_data_have_a_folder_of_their_own_and_a_line_if_they_changed(tmp_path: Path, capsys):
+    tiny = dict(preset='smoke', methods='fedavg', rounds=1, clients=2, results_dir=str(tmp_path),
+                device='cpu', workers=1)
+    digits = run_experiment('exp1', **tiny, fields='train_images=60,test_images=20')
+    register_dataset('threes', of_threes(1))
+    own = run_experiment('exp1', dataset='threes', **tiny)
+    assert 'threes is not the data set of smoke: records go to smoke-threes' in capsys.readouterr().out
+    assert (digits.folder, own.folder) == (tmp_path / 'exp1/smoke', tmp_path / 'exp1/smoke-threes')
+    assert own.generated.name == 'smoke-threes' and digits.generated.name == 'generated'
+    for outcome, data in ((digits, 'digits'), (own, 'threes')):
+        assert {json.loads(p.read_text())['data']['name'] for p in outcome.folder.glob('*.json')} == {data}
+    assert len(fedmpqkd.load(own.folder)) == 1 and 'several' not in capsys.readouterr().out
+    register_dataset('threes', of_threes(2))
+    run_experiment('exp1', dataset='threes', **tiny)
+    capsys.readouterr()
+    assert fedmpqkd.load(own.folder).data_fingerprint.nunique() == 2
+    assert 'several data sets: group by dataset and data_fingerprint' in capsys.readouterr().out
+
+
 def test_a_history_of_flower_stands_beside_records(tmp_path: Path):
     history = dict(losses_distributed=[], losses_centralized=[[0, 2.3], [1, 0.9]], metrics_distributed_fit={},
                    metrics_distributed={}, metrics_centralized={"accuracy": [[0, 0.1], [1, 0.8125]]})

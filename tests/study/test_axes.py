@@ -97,7 +97,8 @@ def test_heterogeneous_budgets_are_those_of_the_fedmpq_paper():
 
 
 @pytest.mark.parametrize("given, said", [
-    (dict(axis="epochs"), "choose from " + ", ".join(AXES)),
+    (dict(axis="epochs"), "unknown axis 'epochs': did you mean local_epochs?"),
+    (dict(axis="?"), "choose from " + ", ".join(AXES)),
     (dict(axis="bits", points="2,3"), "no point '3' at preset smoke; there are 1, 2, 4, 8"),
     (dict(axis="dirichlet", dirichlet=0.3), "axis='dirichlet' sets dirichlet itself"),
     (dict(axis="budgets", fields="clients=20"), "sets clients itself (as in clients=10)"),

@@ -29,7 +29,9 @@ def test_all_examples_in_one_command(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=paths), text=True,
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    records = [json.loads(p.read_text()) for p in (tmp_path / 'results' / 'exp1' / 'smoke').glob('*.json')]
+    folder = tmp_path / 'results' / 'exp1' / 'smoke-small-digits'
+    records = [json.loads(p.read_text()) for p in folder.glob('*.json')]
+    assert not (folder.parent / 'smoke').exists()  # where the digits' are
     assert {r['config']['method'] for r in records} == set(METHODS)
     for r in records:
         facts = r['data']['name'], r['data']['image'], r['data']['train']

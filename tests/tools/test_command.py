@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
+from conftest import ROOT
 
 from fedmpqkd.__main__ import cli
 from fedmpqkd.core.config import RunConfig
+from fedmpqkd.federation.methods import RECIPES
+from fedmpqkd.models.vision import _MODELS
 
 TINY = "--preset smoke --methods fedavg --rounds 1 --clients 2 --train_images 60 --test_images 20"
 
@@ -85,6 +88,28 @@ def test_light_commands_import_nothing_heavy():
         assert done.returncode == 0 and done.stdout.endswith("[]\n"), (words, done.stderr)
 
 
+def test_lists_import_no_library_of_networks_or_data():
+    "Each of these takes longer to import than a list should take."
+    program = ("import sys; from fedmpqkd.__main__ import cli\n"
+               "heavy = ('torchvision', 'timm', 'sklearn', 'torch._dynamo', 'matplotlib', 'scipy')\n"
+               "for name in sys.argv[1:]: cli.main([name], standalone_mode=False)\n"
+               "print([m for m in heavy if m in sys.modules])")
+    command = [sys.executable, "-c", program, "data", "methods", "models", "records"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("[]\n"), done.stdout[-300:] + done.stderr[-300:]
+
+
+@pytest.mark.parametrize("words, answer", [
+    ("--methods fedmqp", "unknown method 'fedmqp': did you mean fedmpq"),
+    ("--model resnt8", "unknown model 'resnt8': did you mean resnet8"),
+    ("--dataset digts", "unknown data set 'digts': did you mean digits?"),
+    ("--augment cutmx", "augment='cutmx': did you mean cutmix?"),
+    ("--optimizer adm", "did you mean adamw?")])
+def test_a_misspelt_name_is_answered_with_close_ones(words: str, answer: str):
+    done = said("exp1", *TINY.replace("--methods fedavg ", "").split(), "--results-dir", "r", *words.split())
+    assert done.exit_code != 0 and answer in " ".join(done.output.split()) and len(done.output) < 500
+
+
 def test_a_shell_completes_commands_options_and_choices():
     def completed(line: str) -> list[str]:
         *before, last = line.split(" ")
@@ -107,7 +132,17 @@ register_method('fedmpq-two', base='fedmpq', bits=2)
 """
 
 
-def test_lists_know_what_a_plugin_registers(tmp_path: Path):
+@pytest.fixture
+def forgets():
+    "What a test registers is gone after it."
+    registries = RECIPES, _MODELS
+    before = [dict(r) for r in registries]
+    yield
+    for registry, names in zip(registries, before, strict=True):
+        for name in set(registry) - set(names): del registry[name]
+
+
+def test_lists_know_what_a_plugin_registers(tmp_path: Path, forgets: None):
     (tmp_path / "lab.py").write_text(PLUGIN)
     models = said("models", "--plugins", "lab.py").output
     assert re.search(r"^grey +not for images of 3x32x32$", models, re.M)
