@@ -135,7 +135,7 @@ def index_bytes(
         index += np.bincount(owner[far], more, minlength=len(sizes)).astype(np.int64)
     return index
 
-
+# %% ../../nbs/quant/06a_coordinates.ipynb #d4e72cbe
 def body_bytes(
     tags: np.ndarray,  # uint8 [d]
     sizes: np.ndarray,  # [L]
