@@ -296,6 +296,7 @@ class CodingConfig:
     update_rank: int = setting(1, "of an update with uplink='low-rank'", interval('[1, 255]'))
 
 # %% ../../nbs/core/01_config.ipynb #2fbc42a7
+# long: one part
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
     "Text instead of images."
