@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BITS', 'TOPS', 'HEAD', 'bf16', 'per_tensor', 'scales_before', 'scales_after', 'levels_of', 'errors_of',
-           'varint_bytes', 'gaps_of', 'body_bytes', 'best_moves', 'hull_moves', 'spend', 'Plan', 'percentile_tags',
-           'check_importance', 'coded', 'plan', 'decoded']
+           'varint_bytes', 'gaps_of', 'index_bytes', 'body_bytes', 'best_moves', 'hull_moves', 'spend', 'Plan',
+           'percentile_tags', 'check_importance', 'coded', 'lengths_of', 'plan', 'decoded']
 
 # %% ../../nbs/quant/06a_coordinates.ipynb #5ae1c6bb
 from collections.abc import Callable, Sequence
@@ -30,10 +30,11 @@ def per_tensor(
     reduce: np.ufunc,  # np.maximum or np.add
     values: np.ndarray,  # [d], all tensors one after the other
     sizes: np.ndarray,  # [L] entries of each tensor
+    kind: type | None = None,  # of the result; None: as the values
 ) -> np.ndarray:  # [L]; 0 for a tensor without entries
     "Reduce each tensor to one number."
-    out, live = np.zeros(len(sizes), values.dtype), sizes > 0
-    if len(values): out[live] = reduce.reduceat(values, (np.cumsum(sizes) - sizes)[live])
+    out, live = np.zeros(len(sizes), kind or values.dtype), sizes > 0
+    if len(values): out[live] = reduce.reduceat(values, (np.cumsum(sizes) - sizes)[live], dtype=kind)
     return out
 
 # %% ../../nbs/quant/06a_coordinates.ipynb #6dfed309
@@ -68,9 +69,10 @@ def levels_of(
 ) -> np.ndarray:  # fp32 whole numbers; 0 where the step is 0
     "The nearest level, clipped."
     with np.errstate(divide='ignore', invalid='ignore', over='ignore'):
-        levels = np.rint(delta / step)
-    levels[np.isnan(levels)] = 0
-    return np.where(step > 0, np.clip(levels, -top, top), np.float32(0))
+        levels: np.ndarray = np.rint(delta / step)
+    np.clip(levels, -top, top, out=levels)
+    if len(step) and not step.min() > 0: levels[~(step > 0)] = 0
+    return levels
 
 # %% ../../nbs/quant/06a_coordinates.ipynb #c5b9de60
 def errors_of(
@@ -114,25 +116,36 @@ def gaps_of(
     return gaps
 
 # %% ../../nbs/quant/06a_coordinates.ipynb #a3c6e247
+def index_bytes(
+    tags: np.ndarray,  # uint8 [d]
+    sizes: np.ndarray,  # [L]
+    counts: Sequence[np.ndarray],  # [L] entries of the classes 1, 2 and 3
+) -> np.ndarray:  # int64 [L]; no less than dense tags take, where they are shorter
+    "Bytes of the counts and gaps of each tensor."
+    owners, starts = np.arange(len(sizes)), np.cumsum(sizes) - sizes
+    index: np.ndarray = np.sum([varint_bytes(n) + n for n in counts], axis=0)  # if a gap took one byte
+    open_ = index < -(-sizes // 4)
+    if not open_.any(): return index
+    rows = tags if open_.all() else tags * np.repeat(open_, sizes)
+    for c, n in enumerate(counts, 1):
+        owner = np.repeat(owners, n * open_)
+        gaps = gaps_of(np.flatnonzero(rows == c), owner, starts)
+        far = np.flatnonzero(gaps >= 128)
+        more = varint_bytes(gaps[far]) - 1
+        index += np.bincount(owner[far], more, minlength=len(sizes)).astype(np.int64)
+    return index
+
+# %% ../../nbs/quant/06a_coordinates.ipynb #d4e72cbe
 def body_bytes(
     tags: np.ndarray,  # uint8 [d]
     sizes: np.ndarray,  # [L]
     ternary: bool = False,  # pack five 2-bit entries in a byte
 ) -> np.ndarray:  # int64 [L], without the heads
     "Bytes of each tensor as it will be sent."
-    ends, count = np.cumsum(sizes), len(sizes)
-    starts, total, index = ends - sizes, np.ones(count, np.int64), np.zeros(count)
-    sent = np.flatnonzero(tags)
-    kind = tags[sent]
-    for c, scale in ((1, 2), (2, 2), (3, 0)):
-        at = sent[kind == c]
-        owner = np.searchsorted(ends, at, side='right')
-        n = np.bincount(owner, minlength=count)
-        lengths = varint_bytes(gaps_of(at, owner, starts))
-        index += np.bincount(owner, lengths, minlength=count) + varint_bytes(n)
-        values = -(-n // 5) if ternary and c == 1 else -(-n * BITS[c] // 8)
-        total += scale * (n > 0) + values
-    length: np.ndarray = total + np.minimum(-(-sizes // 4), index.astype(np.int64))
+    counts = [per_tensor(np.add, tags == c, sizes, np.int64) for c in (1, 2, 3)]
+    length: np.ndarray = 1 + np.minimum(-(-sizes // 4), index_bytes(tags, sizes, counts))
+    for c, (n, scale) in enumerate(zip(counts, (2, 2, 0), strict=True), 1):
+        length += scale * (n > 0) + (-(-n // 5) if ternary and c == 1 else -(-n * BITS[c] // 8))
     return length
 
 # %% ../../nbs/quant/06a_coordinates.ipynb #4c07e79a
@@ -156,7 +169,7 @@ def best_moves(
         per_bit = (errors[here] - errors[c]) * np.float32(1 / (price[c] - price[here]))
         better = per_bit > slope
         np.copyto(slope, per_bit, where=better)
-        target[better] = c
+        np.copyto(target, np.uint8(c), where=better)
     return slope, target
 
 # %% ../../nbs/quant/06a_coordinates.ipynb #75d002ee
@@ -185,6 +198,7 @@ def hull_moves(
     return low >> 2, (low & 3).astype(np.uint8)
 
 # %% ../../nbs/quant/06a_coordinates.ipynb #96e03491
+# long: the search and its arguments
 def _taken(moves: tuple[np.ndarray, np.ndarray], count: int, d: int) -> np.ndarray:
     "Classes after the first moves."
     tags = np.zeros(d, np.uint8)
@@ -197,6 +211,7 @@ def spend(
     d: int,  # entries
     budget: int,  # in units of `length`
     length: Callable[[np.ndarray], int],  # of the message, given the classes
+    near: Callable[[np.ndarray, int], int] | None = None,  # of what an entry can change; None: of all
 ) -> np.ndarray:  # uint8 [d]
     "Take moves while the message fits."
     if (least := length(np.zeros(d, np.uint8))) > budget:
@@ -209,21 +224,21 @@ def spend(
         if found <= budget: low, used = low + step, found
         else: high = low + step - 1
         guess = min((budget - used) / per_move, (high - low + 1) // 2 if found > budget else high)
-    return _filled(moves, low, _taken(moves, low, d), budget, length)
+    return _filled(moves, low, _taken(moves, low, d), budget - used, near or (lambda tags, _: length(tags)))
 
 # %% ../../nbs/quant/06a_coordinates.ipynb #f2b3b4b1
 def _filled(
-    moves: tuple[np.ndarray, np.ndarray], start: int, tags: np.ndarray, budget: int,
-    length: Callable[[np.ndarray], int], tries: int = 8,
+    moves: tuple[np.ndarray, np.ndarray], start: int, tags: np.ndarray, left: int,
+    near: Callable[[np.ndarray, int], int], tries: int = 8,
 ) -> np.ndarray:
     "Pass over moves that do not fit, for the next few that do."
-    left, at = budget - length(tags), start
-    while left > 1 and tries and at < len(moves[0]):
-        tried = tags.copy()
-        tried[moves[0][at]] = max(tags[moves[0][at]], moves[1][at])
-        more = length(tried) - length(tags)
-        if more <= left: tags, left = tried, left - more
-        tries, at = tries - 1, at + 1
+    for entry, target in zip(*(m[start : start + tries].tolist() for m in moves), strict=True):
+        if left <= 1: break
+        here, before = int(tags[entry]), near(tags, entry)
+        tags[entry] = max(here, target)
+        more = near(tags, entry) - before
+        if more <= left: left -= more
+        else: tags[entry] = here
     return tags
 
 # %% ../../nbs/quant/06a_coordinates.ipynb #8651b6e1
@@ -275,6 +290,23 @@ def coded(
         levels[at] = levels_of(delta[at], step[owner[at]], top)
     return Plan(tags, levels, scales)
 
+# %% ../../nbs/quant/06a_coordinates.ipynb #602cb752
+def lengths_of(
+    sizes: np.ndarray,  # [L]
+    ternary: bool,  # five 2-bit entries in a byte
+) -> tuple[Callable[[np.ndarray], int], Callable[[np.ndarray, int], int]]:  # for `spend`
+    "Bytes of a whole message, and those of the tensor that an entry lies in."
+    ends = np.cumsum(sizes)
+
+    def whole(tags: np.ndarray) -> int:
+        return int(body_bytes(tags, sizes, ternary).sum()) + HEAD * len(sizes)
+
+    def near(tags: np.ndarray, entry: int) -> int:
+        i = int(np.searchsorted(ends, entry, side='right'))
+        return int(body_bytes(tags[ends[i] - sizes[i] : ends[i]], sizes[i : i + 1], ternary)[0])
+
+    return whole, near
+
 # %% ../../nbs/quant/06a_coordinates.ipynb #98292468
 # long: the whole way in one piece
 def plan(
@@ -301,8 +333,7 @@ def plan(
     if budget:
         where = 8 if 8 * budget < 3 * len(delta) else 0
         moves = hull_moves(errors, weight, where, most=8 * budget // (1 + where))
-        tags = spend(moves, len(delta), budget,
-                     lambda tags: int(body_bytes(tags, each, ternary).sum()) + HEAD * len(each))
+        tags = spend(moves, len(delta), budget, *lengths_of(each, ternary))
     else:
         tags = percentile_tags(weight * errors[0])
     if scale == 'class': scales = scales_after(delta, tags, each)
@@ -315,9 +346,10 @@ def decoded(
     sizes: Sequence[int],  # [L]
 ) -> np.ndarray:  # fp32 [d]
     "What the receiver reads."
-    step = np.concatenate([np.zeros((1, len(sizes))), found.scales, np.zeros((1, len(sizes)))])  # [4, L]
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    value: np.ndarray = (found.levels * step[found.tags, owner]).astype(np.float32)
+    value, ends = np.zeros(len(delta), np.float32), np.cumsum(sizes)
+    for c, step in enumerate(found.scales, 1):
+        at = np.flatnonzero(found.tags == c)
+        value[at] = found.levels[at] * step[np.searchsorted(ends, at, side='right')]
     half = found.tags == 3
     value[half] = delta[half].astype(np.float16)
     return value

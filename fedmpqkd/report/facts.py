@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Facts', 'NUMBER', 'COLUMNS', 'VERSUS', 'MANUSCRIPT', 'Fact', 'numbers', 'behind', 'Study', 'load_study', 'load_small',
-           'load_axis', 'load_axes', 'setting_facts', 'method_facts', 'work_facts', 'compared', 'verdict_text',
-           'pair_facts', 'table_fact', 'aligned', 'table_facts', 'study_facts', 'axis_facts', 'count', 'verdict_facts',
-           'finding', 'criteria_facts', 'hypothesis_facts', 'early_facts', 'claim_facts', 'published_facts',
-           'audit_facts', 'deviation_facts', 'all_facts']
+           'load_axis', 'load_axes', 'added_seeds', 'setting_facts', 'method_facts', 'work_facts', 'compared',
+           'verdict_text', 'pair_facts', 'table_fact', 'aligned', 'table_facts', 'study_facts', 'axis_facts', 'count',
+           'verdict_facts', 'finding', 'criteria_facts', 'hypothesis_facts', 'early_facts', 'claim_facts',
+           'published_facts', 'audit_facts', 'deviation_facts', 'all_facts']
 
 # %% ../../nbs/report/18a_facts.ipynb #e631875c
 import json
@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.config import as_list
 from ..core.record import Record
 from ..evaluate.statistics import paired_test
 from ..models.vision import build_model, quantized_names
@@ -89,9 +90,12 @@ class Study:
         return gather(self.records)
 
     def files(self, *methods: str) -> tuple[str, ...]:
-        "The files of the runs of some methods; of all without any."
-        return tuple(f'{self.group}/{c["method"]}_seed={c["seed"]}_{r["id"]}.json' for r in self.records
-                     if (c := r['config'])['method'] in methods or not methods)
+        "The files of the runs of some methods, at the seeds that all of these have; of all without any."
+        runs = [(c['method'], c['seed'], r['id']) for r in self.records for c in (r['config'],)]
+        own = [{s for name, s, _ in runs if name == m} for m in methods]
+        shared = set.intersection(*own) if own else {s for _, s, _ in runs}
+        return tuple(f'{self.group}/{name}_seed={seed}_{id}.json' for name, seed, id in runs
+                     if seed in shared and (name in methods or not methods))
 
     def same(self, *methods: str) -> tuple[str, ...]:
         "The same files without their folder: a run that belongs to two groups is one run."
@@ -147,6 +151,14 @@ def load_axes(
     "The axes that the paper shows; the controls at the scale of Experiment 1."
     found = {axis: load_axis(results, axis) for axis in ('start', 'statistics')}
     return found | {'controls': load_axis(results, 'controls', CITED['exp1'])}
+
+def added_seeds(
+    study: Study,  # of the first experiment's kind
+) -> Study:  # 'controls.added'; without records where there are none
+    "The runs of seeds that its plan did not have: what they say alone is a second look."
+    first = as_list(EXPERIMENTS['exp1'].presets[CITED['exp1']]['seeds'])
+    more = tuple(r for r in study.records if str(r['config']['seed']) not in first)
+    return replace(study, name=f'{study.name.partition(".")[0]}.added', records=more)
 
 # %% ../../nbs/report/18a_facts.ipynb #b98191d9
 # long: small functions that are read together
@@ -658,6 +670,8 @@ def all_facts(
     for study in (*named, *(s for studies in axes.values() for s in studies)):
         for row in compared(study).itertuples():
             found[f'{study.name}.{row.a}-vs-{row.b}.finding'] = finding(study, row.a, row.b)
+    for more in map(added_seeds, axes['controls']):
+        if more.records: found |= {f'{more.name}.{key}': fact for key, fact in pair_facts(more).items()}
     files = tuple(f for s in named for f in s.files())
     found['claims.unmeasured'] = Fact(_unmeasured(named), 'claims without a measurement', files)
     if everything := [*named, *points]:

@@ -135,19 +135,26 @@ def _numbers(entry: Mixed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise WireError(f'levels have shape {tuple(entry.levels.shape)}, tags {entry.shape}')
     n = int((tags == 3).sum())
     within('number of halves', len(halves), n, n)
-    top = np.array([0, *TOPS, 0])[tags]
-    if (np.abs(levels.astype(np.int16)) > top).any(): raise WireError('a level beyond its class')
+    top = np.array([0, *TOPS, 0], np.int8)[tags]
+    if ((levels > top) | (levels < -top)).any(): raise WireError('a level beyond its class')
     return tags, levels, halves
+
+
+def _by_gaps(tags: np.ndarray, counts: np.ndarray) -> bytes | None:
+    "Counts and gaps, where they are shorter than dense tags."
+    dense = -(-len(tags) // 4)
+    if varint_bytes(counts).sum() + counts.sum() >= dense: return None  # a gap has at least one byte
+    start, at = np.zeros(1, np.int64), [np.flatnonzero(tags == c) for c in (1, 2, 3)]
+    gaps = np.concatenate([gaps_of(a, np.zeros(len(a), np.int64), start) for a in at])
+    index = pack_varints(np.concatenate([counts, gaps]))
+    return index if len(index) < dense else None
 
 
 def _places(tags: np.ndarray) -> tuple[np.ndarray, bytes, bool]:
     "Counts of the classes; where the entries are, in the shorter of two ways; is it by gaps?"
-    start, at = np.zeros(1, np.int64), [np.flatnonzero(tags == c) for c in (1, 2, 3)]
-    counts = np.array([len(a) for a in at])
-    gaps = np.concatenate([gaps_of(a, np.zeros(len(a), np.int64), start) for a in at])
-    index = pack_varints(np.concatenate([counts, gaps]))
-    if len(index) < -(-len(tags) // 4): return counts, index, True
-    return counts, pack_fields(tags, 2), False
+    counts = np.bincount(tags, minlength=4)[1:]
+    index = _by_gaps(tags, counts)
+    return counts, pack_fields(tags, 2) if index is None else index, index is not None
 
 # %% ../../nbs/wire/08d_mixed.ipynb #3c22eedf
 def _read_places(
@@ -166,7 +173,8 @@ def _read_places(
             tags[at] = c
     else:
         tags = unpack_fields(reader.take(dense), d, 2).astype(np.uint8)
-    shorter = reader.at - start < dense if by_gaps else not _places(tags)[2]
+    counts = np.bincount(tags, minlength=4)[1:]
+    shorter = reader.at - start < dense if by_gaps else _by_gaps(tags, counts) is None
     if not shorter: raise WireError('positions are not written the shorter way')
     return tags
 

@@ -16,6 +16,7 @@ from fedmpqkd.report.evidence import to_markdown  # noqa: E402
 from fedmpqkd.report.facts import (  # noqa: E402
     Fact,
     Study,
+    added_seeds,
     all_facts,
     behind,
     count,
@@ -214,6 +215,21 @@ def test_words_follow_the_verdict():
     assert verdict_facts([up])["verdicts.sentence"].text == "One of the 1 paired comparisons is decided"
     assert "since all have fewer than five pairs" in verdict_facts([few])["verdicts.sentence"].text
     assert "; decided)" in pair_facts(up)["fedmpq-kd-vs-fedmpq.brief"].text
+
+
+def test_a_comparison_names_the_pairs_alone_and_added_seeds_are_a_look_of_their_own():
+    "Seven seeds of one method and five of the other are five pairs; seeds 5 and 6 were added to 0 to 4."
+    whole = study(3, 7)
+    fewer = tuple(r for r in whole.records if r["config"]["method"] == "fedmpq-kd" or r["config"]["seed"] < 5)
+    uneven = Study("demo.base", "demo/mini", fewer)
+    assert len(uneven.files()) == 12 and len(uneven.files("fedmpq-kd")) == 7
+    assert uneven.files("fedmpq", "fedmpq-kd") == study(3, 5).files()
+    assert uneven.same("fedmpq", "fedmpq-kd") == study(3, 5).same("fedmpq", "fedmpq-kd")
+    more = added_seeds(whole)
+    assert [r["config"]["seed"] for r in more.records] == [5, 6, 5, 6]
+    row = pair_facts(more)["fedmpq-kd-vs-fedmpq.n"]
+    assert row.text == "2" and row.records == more.files()
+    assert added_seeds(study(3, 5)).records == ()
 
 
 def test_numbers_of_a_text():
