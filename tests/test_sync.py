@@ -136,6 +136,15 @@ def test_what_is_shown_is_the_same_everywhere(path: Path):
     assert not re.findall(r"/(?:home|root|tmp|work|Users)/\S*| at 0x[0-9a-f]+", text)
 
 
+def test_a_reader_without_a_kernel_sees_what_the_widgets_show():
+    "Each cell of the page of widgets stores a drawing, but for the run that nobody has started."
+    found = [c for c in cells(ROOT / "nbs" / "explore.ipynb", "code")
+             if re.search(r"interact\(|w\.explorer\(", c["source"])]
+    kinds = [next(iter({"image/png", "text/html"} & set(c["outputs"][0]["data"]))) for c in found]
+    assert kinds == ["image/png"] * 5 + ["text/html"]
+    assert "<svg" in "".join(found[-1]["outputs"][0]["data"]["text/html"])
+
+
 @pytest.mark.parametrize("path", COMPONENTS, ids=lambda p: p.stem)
 def test_pages_explain_their_code(path: Path):
     words = sum(len(c["source"].split()) for c in cells(path, "markdown"))
@@ -244,6 +253,13 @@ def test_refresh_twice_changes_nothing(copy: Path):
     first, second = cells(path)
     assert first["outputs"][0]["data"]["text/plain"] == ["42"] and first["execution_count"] is None
     assert second["outputs"] == []
+    nb.cells = [new.new_code_cell("ipywidgets.VBox([ipywidgets.Label('x'), out := ipywidgets.Output()])\n"
+                                  "with out: display({'image/png': 'AAAA'}, raw=True)\nout",
+                                  metadata={"tags": ["picture"]})]
+    nb.cells[0].source = "import ipywidgets\nfrom IPython.display import display\n" + nb.cells[0].source
+    nbformat.write(nb, path)
+    refresh.refresh(path)
+    assert [o["data"] for o in cells(path)[0]["outputs"]] == [{"image/png": "AAAA"}]
 
 
 def test_the_readme_installs_the_pytorch_that_the_constraints_keep():

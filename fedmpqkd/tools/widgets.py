@@ -11,6 +11,7 @@ __all__ = ['AXES', 'Picture', 'show_split', 'trained_layer', 'show_rounding', 's
 import io
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from ..core.config import RunConfig
@@ -172,7 +174,7 @@ def show_budget(
 def curve_names(
     records: Sequence[Any],  # any
 ) -> list[str]:  # 'fedmpq', or 'fedmpq bits=2' where runs of fedmpq have different bits
-    "A name for each record's curve: its method, and whatever tells its setting from the others."
+    "A name for each record's curve: its method, and what tells its setting, or its data, from the others."
     configs = [replace(config_of(r), seed=0) for r in records]
     names = []
     for c in configs:
@@ -182,7 +184,9 @@ def curve_names(
         words = [f'{f}={"/".join(f"{x:g}" for x in v) if isinstance(v, tuple) else v}'
                  for f, v in values.items()]
         names.append(' '.join([c.method, *words]))
-    return names
+    both = [(name, r['data']['fingerprint'][:6]) for name, r in zip(names, records, strict=True)]
+    times = Counter(name for name, _ in set(both))  # more than one: a data set that was changed
+    return [f'{name} data={data}' if times[name] > 1 else name for name, data in both]
 
 # %% ../../nbs/tools/83_widgets.ipynb #f4eb0b27
 AXES = {'rounds': 'round', 'MB': 'megabytes, both ways', 'seconds': 'seconds'}
@@ -220,7 +224,8 @@ class Curves:
     "A drawing whose points have words."
     def __init__(self, figure: Figure, frame: pd.DataFrame):
         self.frame, buffer = frame, io.StringIO()
-        figure.savefig(buffer, format='svg')
+        with rc_context({'svg.hashsalt': 'curves'}):  # the same drawing has the same bytes
+            figure.savefig(buffer, format='svg', metadata={'Date': None})
         text = buffer.getvalue()[buffer.getvalue().index('<svg'):]
         titled = re.sub(r'<a xlink:href="([^"]*)"[^>]*>', r'<g><title>\1</title>', text)
         self.svg = titled.replace('</a>', '</g>')

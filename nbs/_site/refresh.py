@@ -4,7 +4,8 @@
     python nbs/_site/refresh.py nbs/quant/05_quantize.ipynb   # these pages
 
 Widgets are dropped from what is kept: their ids change at every run, and without a running kernel they
-show nothing. So are lines that say how far a run is. A second run of the same pages changes no byte.
+show nothing. Of a cell with the tag `picture` what its widget shows at first is kept in its place. Lines that
+say how far a run is are dropped, too. A second run of the same pages changes no byte.
 """
 import os
 import subprocess
@@ -21,6 +22,7 @@ from readme import pages
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDGET = "application/vnd.jupyter.widget-view+json"
+STATE = "application/vnd.jupyter.widget-state+json"
 
 
 def component_pages() -> list[Path]:
@@ -33,11 +35,29 @@ def is_passing(output: nbformat.NotebookNode) -> bool:
     return WIDGET in output.get("data", {}) or "fedmpqkd" in output.get("metadata", {})
 
 
+def shown(output: nbformat.NotebookNode, state: dict) -> list[nbformat.NotebookNode]:
+    "What a widget shows in its output areas, outermost first."
+    todo, found = [output["data"][WIDGET]["model_id"]], []
+    while todo:
+        model = state[todo.pop(0)]["state"]
+        drawn = [o for o in model.get("outputs", ()) if o["output_type"] == "display_data"]
+        found += map(nbformat.from_dict, drawn)
+        todo += [name.removeprefix("IPY_MODEL_") for name in model.get("children", ())]
+    return found
+
+
 def without_widgets(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    "Drop widget views and lines of progress, and the widgets' state."
+    "Drop widget views, or put what they show in their place; drop lines of progress and the widgets' state."
+    state = nb.metadata.pop("widgets", {}).get(STATE, {}).get("state", {})
+
+    def kept(output: nbformat.NotebookNode, picture: bool) -> list[nbformat.NotebookNode]:
+        if picture and WIDGET in output.get("data", {}): return shown(output, state)
+        return [] if is_passing(output) else [output]
+
     for cell in nb.cells:
-        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if not is_passing(o)]
-    nb.metadata.pop("widgets", None)
+        if cell.cell_type != "code": continue
+        picture = "picture" in cell.metadata.get("tags", ())
+        cell.outputs = [o for output in cell.outputs for o in kept(output, picture)]
     return nb
 
 
