@@ -60,7 +60,7 @@ _DEMO = dict(dataset='digits', model='cnn', clients=4, dirichlet=10.0, bits=2, b
 _SMOKE = dict(dataset='digits', train_images=400, test_images=200, model='resnet8', clients=4, rounds=3,
               eval_images=0, precision='fp32', public_images=40, min_batch=8)
 _FOUR = 'fedavg,qat-uniform,fedmpq,fedmpq-kd'
-_STUDY = _FOUR + ',fedmpq-kd-delivered'
+_STUDY = _FOUR + ',fedmpq-kd-delivered,fedmpq-kd-batch'
 _NINE = ('fedavg,fedmpq,fedmpq-kd,qat-uniform,fedmpq-kd-delivered,fedpaq,fedpq,'
          'fedmpq-plain,fedmpq-kd-plain')
 
