@@ -66,7 +66,7 @@ DISTILL_LOSSES: dict[str, Any] = {}  # name -> function, filled by `learn.distil
 TASK_LOSSES: dict[str, Any] = {}  # name -> function, see `learn.terms`
 CLIENT_TERMS: dict[str, Any] = {}  # name -> class, filled by `learn.terms`
 AGGREGATIONS: dict[str, Any] = {}  # name -> how replies are averaged, filled by `federation.server`
-AVERAGES = ('samples', 'uniform', 'moshpit')  # of the project: nobody else may take these names
+AVERAGES = ('samples', 'uniform', 'moshpit', 'lora-product')  # of the project: nobody else takes these names
 SERVER_RULES: dict[str, Any] = {}  # name -> function, filled by `federation.rules`
 REGISTRIES = dict(  # by the field that names an entry
     update=UPDATE_RULES, kd_loss=DISTILL_LOSSES, task_loss=TASK_LOSSES, client_term=CLIENT_TERMS,
@@ -296,6 +296,7 @@ class CodingConfig:
     update_rank: int = setting(1, "of an update with uplink='low-rank'", interval('[1, 255]'))
 
 # %% ../../nbs/core/01_config.ipynb #2fbc42a7
+# long: one part
 @dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
     "Text instead of images."
@@ -315,6 +316,8 @@ class LanguageConfig:
     lora_dropout: float = setting(0.0, 'in front of the adapters', interval('[0, 1)'))
     lora_targets: str = setting('q_proj,v_proj', 'linear layers that get adapters')
     lora_heads: str = setting('', 'modules that are trained as a whole next to the adapters')
+    lora_train: str = setting('AB', 'factors of the adapters that are trained and sent; with B alone the '
+                              'mean of factors is that of their products', one_of('AB', 'B'))
     token_select: str = setting('none', 'which labels of a text train: all, those of sensitive tokens, or '
                                 'random ones', one_of('none', 'sensitivity', 'random'))
     token_share: float = setting(0.5, 'of the labels of a text that train, if not all do', interval('(0, 1)'))
@@ -404,6 +407,7 @@ def _language_rules(c: 'RunConfig') -> Iterator[str]:
             yield f'{name}={getattr(c, name)!r}: for images; a run with a tokenizer has {name}={only!r}'
 
 # %% ../../nbs/core/01_config.ipynb #dfcccc77
+# long: small rules that are read together
 def _peer_rules(c: 'RunConfig') -> Iterator[str]:
     "Without a server there is nobody who could send a teacher or collect updates."
     if c.aggregate == 'moshpit' and (c.exchange != 'model' or c.uplink != 'model'):
@@ -418,10 +422,20 @@ def _own_step(update: str) -> bool:
     known = update not in ('fp32', 'latent')
     return bool(getattr(UPDATE_RULES.get(update), 'own_step', known))
 
+def _product_rules(c: 'RunConfig') -> Iterator[str]:
+    "A mean of products has a new basis in each round: what remembers the old one is refused."
+    if not (c.tokenizer and c.lora_rank) or c.lora_train != 'AB':
+        yield "aggregate='lora-product' is for adapters of which both factors are trained (lora_rank above 0)"
+    for name, only in dict(error_feedback=False, server_rule='average', client_term='none').items():
+        if getattr(c, name) != only:
+            yield (f"{name}={getattr(c, name)!r} remembers factors, and each round of "
+                   "aggregate='lora-product' gives them a new basis")
+
 def _other_rules(c: 'RunConfig') -> Iterator[str]:
     if len(c.bits) not in (1, c.clients):
         yield f'bits has {len(c.bits)} budgets for {c.clients} clients: give one, or one per client'
     if c.tokenizer: yield from _language_rules(c)
+    if c.aggregate == 'lora-product': yield from _product_rules(c)
     if c.min_bits > min(c.bits):
         yield f'min_bits={c.min_bits}: no layer of a budget of {min(c.bits):g} bits can have as many'
     if c.optimizer == 'adamw' and _own_step(c.update):

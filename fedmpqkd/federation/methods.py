@@ -149,7 +149,7 @@ _IDLE: tuple[tuple[Any, tuple[str, ...]], ...] = (  # (when nothing of this is u
     (lambda c: c.dataset != 'almanac', ('text_kind',)),
     (lambda c: c.dataset == 'almanac', ('text_groups',)),
     (lambda c: not (c.tokenizer and c.lora_rank), (
-        'lora_alpha', 'lora_dropout', 'lora_targets', 'lora_heads')))
+        'lora_alpha', 'lora_dropout', 'lora_targets', 'lora_heads', 'lora_train')))
 
 # %% ../../nbs/federation/11_methods.ipynb #c195801a
 def idle_fields(

@@ -62,7 +62,8 @@ class AdapterModel(nn.Module):
         super().__init__()
         object.__setattr__(self, 'held', held)  # not a submodule: its frozen part is nobody's parameter
         self.plain_head = has_plain_head(held.get_base_model())
-        for name, module in travelling(held): self._attach(name, module)
+        for name, module in travelling(held):
+            if any(t.requires_grad for t in module.parameters()): self._attach(name, module)
         self.train()
 
     def _attach(self, name: str, module: nn.Module) -> None:
@@ -114,6 +115,7 @@ def adapted(
     targets: str = 'q_proj,v_proj',  # names of linear layers; '': those that peft adapts in this architecture
     heads: str = '',  # names of modules that are trained as a whole
     seed: int = 0,  # of the stream 'init'
+    train: str = 'AB',  # 'B': the factor A stays as it was drawn, the same for all, and is not sent
 ) -> AdapterModel:
     "A model with fresh adapters."
     peft = hub('peft')
@@ -126,6 +128,8 @@ def adapted(
         try: held = peft.get_peft_model(shared_copy(causal.requires_grad_(False)), lora)
         except ValueError as why:
             raise ValueError(f'lora_targets={targets!r}: {str(why).splitlines()[0]}') from why
+    for name, module in travelling(held):
+        if train == 'B' and name.endswith('lora_A'): module.requires_grad_(False)
     return AdapterModel(held)
 
 # %% ../../nbs/models/04b_lora.ipynb #7c7a17b1
@@ -142,7 +146,7 @@ def build_language_model(
         raise ValueError(f'tokenizer={c.tokenizer!r} has {vocabulary} tokens, model {c.model!r} has {size}')
     if c.lora_rank:
         lora = c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora_targets, c.lora_heads
-        return adapted(causal, *lora, c.seed)
+        return adapted(causal, *lora, c.seed, c.lora_train)
     if c.model in GPTS: return LanguageModel(causal)
     return LanguageModel(copy.deepcopy(causal).requires_grad_(True))
 

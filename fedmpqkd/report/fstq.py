@@ -253,7 +253,8 @@ def image_reading(
     "What the pairs say."
     size = {m: own[['up', 'down']].mean() / 1e3 for m, own in image_frame(records).groupby('method')}
     up = [s.up for m, s in size.items() if m != 'fedavg']
-    text = f'All rows but `fedavg` send up {min(up):.1f} to {max(up):.1f} kB a client and round.'
+    text = (f'All rows but `fedavg` send up {max(up):.1f} kB a client and round, or at most '
+            f'{100 * (1 - min(up) / max(up)):.2f} % less.')
     for r in image_pairs(records).itertuples():
         difference = (f'{r.difference:+.2f} points ({r.ci_low:.2f} to {r.ci_high:.2f}, n = {r.n}, '
                       f'p = {r.p:.2g} after Holm: {r.verdict})')
