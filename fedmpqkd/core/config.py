@@ -502,7 +502,7 @@ def unknown(
     near = difflib.get_close_matches(str(name), names, 3)
     words = f'unknown {kind} {name!r}' + (f': did you mean {" or ".join(near)}?' if near else '')
     more = f'`fedmpqkd {command}` lists all, your own need their file in plugins'
-    if command: return ValueError(f'{words}; {more}')
+    if command: return ValueError(f'{words}{"" if near else ";"} {more}')
     return ValueError(words if near else f'{words}; choose from {", ".join(names)}')
 
 # %% ../../nbs/core/01_config.ipynb #dfa6f516

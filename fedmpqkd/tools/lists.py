@@ -35,6 +35,14 @@ def aligned(
 # %% ../../nbs/tools/81a_lists.ipynb #a9ca0b50
 EMBEDDED = dict(classes=10, train=1437, test=360, image='3x32x32')  # the digits
 
+def _users(name: str) -> dict[str, Any]:
+    "What a user's data set holds, or why it cannot be loaded."
+    try: d = load_dataset(name)
+    except Exception as why:  # of code that is not ours: the others are listed all the same
+        return dict.fromkeys(EMBEDDED, '') | dict(source=f'fails: {type(why).__name__}: {why}')
+    sizes = dict(classes=d.classes, train=len(d.train_y), test=len(d.test_y))
+    return dict(source='yours', **sizes, image='x'.join(map(str, d.image)))
+
 def list_data(
     data_dir: str = '',  # where to look first
 ) -> pd.DataFrame:  # name, source, classes, train, test, image
@@ -47,10 +55,7 @@ def list_data(
             except DamagedData: source = 'incomplete'
             spec = CIFAR[name]
             row |= dict(source=source, classes=spec.classes, train=spec.train, test=spec.test)
-        elif name != 'digits':
-            d = load_dataset(name)
-            row |= dict(source='yours', classes=d.classes, train=len(d.train_y), test=len(d.test_y),
-                        image='x'.join(map(str, d.image)))
+        elif name != 'digits': row |= _users(name)
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -50,6 +50,9 @@ def served(command: list[str], folder: Path, port: int, path: str):
     quiet = folder / '.SETTINGS' / '@jupyterlab' / 'apputils-extension' / 'notification.jupyterlab-settings'
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    whole = folder / '.SETTINGS' / '@jupyterlab' / 'notebook-extension' / 'tracker.jupyterlab-settings'
+    whole.parent.mkdir(parents=True)
+    whole.write_text('{"windowingMode": "none"}')  # cells out of sight have prompts, too
     paths = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
     env = os.environ | own | dict(PYTHONPATH=paths, OMP_NUM_THREADS='1')
     with (folder / 'server.log').open('w') as log:
