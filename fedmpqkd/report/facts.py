@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Facts', 'NUMBER', 'COLUMNS', 'VERSUS', 'MANUSCRIPT', 'Fact', 'numbers', 'behind', 'Study', 'load_study', 'load_small',
-           'load_axis', 'load_axes', 'added_seeds', 'setting_facts', 'method_facts', 'work_facts', 'compared',
+           'load_axis', 'load_axes', 'by_plan', 'setting_facts', 'method_facts', 'work_facts', 'compared',
            'verdict_text', 'pair_facts', 'table_fact', 'aligned', 'table_facts', 'study_facts', 'axis_facts', 'count',
            'verdict_facts', 'finding', 'criteria_facts', 'hypothesis_facts', 'early_facts', 'claim_facts',
            'published_facts', 'audit_facts', 'deviation_facts', 'all_facts']
@@ -152,13 +152,15 @@ def load_axes(
     found = {axis: load_axis(results, axis) for axis in ('start', 'statistics')}
     return found | {'controls': load_axis(results, 'controls', CITED['exp1'])}
 
-def added_seeds(
+def by_plan(
     study: Study,  # of the first experiment's kind
-) -> Study:  # 'controls.added'; without records where there are none
-    "The runs of seeds that its plan did not have: what they say alone is a second look."
+) -> tuple[Study, Study]:  # 'controls.base', 'controls.added'; without records where there are none
+    "The seeds of its plan, over which means can be compared; the others, whose pairs are a second look."
     first = as_list(EXPERIMENTS['exp1'].presets[CITED['exp1']]['seeds'])
-    more = tuple(r for r in study.records if str(r['config']['seed']) not in first)
-    return replace(study, name=f'{study.name.partition(".")[0]}.added', records=more)
+    own, more = (tuple(r for r in study.records if (str(r['config']['seed']) in first) == wanted)
+                 for wanted in (True, False))
+    added = f'{study.name.partition(".")[0]}.added'
+    return replace(study, records=own), replace(study, name=added, records=more)
 
 # %% ../../nbs/report/18a_facts.ipynb #b98191d9
 # long: small functions that are read together
@@ -670,7 +672,7 @@ def all_facts(
     for study in (*named, *(s for studies in axes.values() for s in studies)):
         for row in compared(study).itertuples():
             found[f'{study.name}.{row.a}-vs-{row.b}.finding'] = finding(study, row.a, row.b)
-    for more in map(added_seeds, axes['controls']):
+    for _, more in map(by_plan, axes['controls']):
         if more.records: found |= {f'{more.name}.{key}': fact for key, fact in pair_facts(more).items()}
     files = tuple(f for s in named for f in s.files())
     found['claims.unmeasured'] = Fact(_unmeasured(named), 'claims without a measurement', files)

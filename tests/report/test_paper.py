@@ -16,9 +16,9 @@ from fedmpqkd.report.evidence import to_markdown  # noqa: E402
 from fedmpqkd.report.facts import (  # noqa: E402
     Fact,
     Study,
-    added_seeds,
     all_facts,
     behind,
+    by_plan,
     count,
     finding,
     load_axis,
@@ -225,11 +225,12 @@ def test_a_comparison_names_the_pairs_alone_and_added_seeds_are_a_look_of_their_
     assert len(uneven.files()) == 12 and len(uneven.files("fedmpq-kd")) == 7
     assert uneven.files("fedmpq", "fedmpq-kd") == study(3, 5).files()
     assert uneven.same("fedmpq", "fedmpq-kd") == study(3, 5).same("fedmpq", "fedmpq-kd")
-    more = added_seeds(whole)
+    own, more = by_plan(whole)
+    assert own == study(3, 5) and own.name == "demo"
     assert [r["config"]["seed"] for r in more.records] == [5, 6, 5, 6]
     row = pair_facts(more)["fedmpq-kd-vs-fedmpq.n"]
     assert row.text == "2" and row.records == more.files()
-    assert added_seeds(study(3, 5)).records == ()
+    assert by_plan(study(3, 5))[1].records == ()
 
 
 def test_numbers_of_a_text():
