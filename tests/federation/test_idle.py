@@ -157,7 +157,7 @@ def test_a_method_is_one_run_whatever_its_idle_fields_say():
 
 
 def test_committed_records_say_nothing_in_idle_fields():
-    "So they are found under their ids, and what they say is what was done. Pieces of exp4 and exp6 are no runs."
+    "So they are found under their ids, and say what was done. Pieces of exp4 and exp6 are no runs."
     paths = (p for p in (ROOT / 'results').glob('**/*.json') if p.parent.name != 'pieces')
     found = [json.loads(p.read_text()) for p in paths]
     records = [r for r in found if isinstance(r, dict) and 'data' in r and 'config' in r]
