@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIALS', 'Records', 'COSTS', 'PAIRS', 'MARGIN', 'ordinary', 'Runs', 'gather', 'gather_tried', 'runs_frame', 'table',
            'escape', 'to_markdown', 'to_latex', 'latex_panels', 'robustness_table', 'plot_curves', 'plot_both',
-           'figure_pdf', 'curves_pdf', 'pairs_of', 'comparisons', 'at_round', 'extra_time']
+           'figure_pdf', 'curves_pdf', 'verdict', 'pairs_of', 'comparisons', 'at_round', 'extra_time']
 
 # %% ../../nbs/report/17_evidence.ipynb #38e74720
 import io
@@ -345,11 +345,14 @@ PAIRS = (('fedmpq-kd', 'fedmpq'), ('fedmpq-kd-delivered', 'fedmpq'), ('fedmpq-kd
          ('fedmpq-kd-batch', 'fedmpq'), ('fedmpq', 'qat-uniform'))  # the claims of the experiments
 MARGIN = 1.0  # points of accuracy: what less than this is counts as no difference
 
-def _verdict(a: str, b: str, found: Mapping[str, Any]) -> str:
+def verdict(
+    a: str, b: str,  # methods
+    found: Mapping[str, Any],  # n, difference, p_holm; equivalence_holm where that was tested
+) -> str:
     "Who is higher, or that neither is by a point, where at least five pairs and the adjusted p say so."
     if found['n'] < 5: return 'undecided'
     if found['p_holm'] < 0.05: return f'{a if found["difference"] > 0 else b} higher'
-    return 'equivalent' if found['equivalence_holm'] < 0.05 else 'undecided'
+    return 'equivalent' if found.get('equivalence_holm', 1) < 0.05 else 'undecided'
 
 def _paired(a: pd.Series, b: pd.Series) -> dict[str, Any]:
     "The test over the seeds that two methods share; NaN where they share none."
@@ -399,7 +402,7 @@ def comparisons(
     adjusted = [holm([row[key] for row in rows]) for key in ('p', 'equivalence_p')]
     for row, p, equal in zip(rows, *adjusted, strict=True):
         row |= dict(p_holm=p, equivalence_holm=equal)
-        row['verdict'] = _verdict(row['a'], row['b'], row)
+        row['verdict'] = verdict(row['a'], row['b'], row)
     return pd.DataFrame(rows, columns=['a', 'b', 'n', 'seeds', 'difference', 'ci_low', 'ci_high', 'p',
                                        'p_holm', 'sign_flip_p', 'equivalence_holm', 'detectable', 'verdict'])
 

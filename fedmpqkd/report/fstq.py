@@ -20,7 +20,7 @@ from ..core.record import Record
 from ..evaluate.network import Link, spent_until
 from ..evaluate.statistics import holm, paired_by_seed
 from .claims import fstq_ledger
-from .evidence import figure_pdf, gather, to_markdown
+from .evidence import figure_pdf, gather, to_markdown, verdict
 from ..study.experiments import Outcome
 from ..study.fstq import BUDGETS, qsgd_bits
 from ..study.matched import message_bytes
@@ -213,11 +213,6 @@ IMAGE_PAIRS = (  # column of `image_frame`, and two methods
     ('accuracy', 'qat-uniform-fstq', 'fedmpq-kd'), ('accuracy', 'qat-uniform-fstq', 'fedmpq'))
 
 
-def _decided(a: str, b: str, difference: float, p: float, n: int) -> str:
-    "Who is higher, where at least five pairs and the adjusted p say so."
-    return f'{a if difference > 0 else b} higher' if p < 0.05 and n >= 5 else 'undecided'
-
-
 def image_pairs(
     records: Sequence[Record],  # comparable ones, of images
 ) -> pd.DataFrame:  # one row a pair of methods that were run
@@ -230,7 +225,8 @@ def image_pairs(
     keep = ['model', 'a', 'b', 'n', 'difference', 'ci_low', 'ci_high', 'p']
     found = pd.DataFrame(rows, columns=keep)
     found['p'] = holm(found.p.tolist())
-    found['verdict'] = [_decided(r.a, r.b, r.difference, r.p, r.n) for r in found.itertuples()]
+    found['verdict'] = [verdict(r.a, r.b, dict(n=r.n, difference=r.difference, p_holm=r.p))
+                        for r in found.itertuples()]
     return found
 
 # %% ../../nbs/report/17h_fstq.ipynb #29431431
