@@ -241,7 +241,7 @@ def whole_losses(party: Party) -> Tensor:  # fp32 [N]: mean per token
     ids = party.public.ids
     last = torch.arange(ids.shape[1]) >= party.public.lengths[:, None] - 1
     labels = ids.roll(-1, 1).masked_fill(last, IGNORED)
-    found = row_scores(party.model.eval(), marked(ids, labels).to(party.device)).cpu()
+    found = row_scores(party.model.eval(), marked(ids, labels)[:, None].to(party.device)).cpu()[:, 0]
     return found[:, 0] / found[:, 1]
 
 # %% ../../nbs/federation/12h_mkt.ipynb #6d4563ed
@@ -460,8 +460,7 @@ def test_accuracy(
 ) -> float:  # percent
     "How many options it gets right; remembered until it is trained again."
     if party.accuracy is None:
-        rows = party.test.flatten(0, 1).to(party.device)
-        found = row_scores(party.model.eval(), rows).cpu().unflatten(0, party.test.shape[:2])
+        found = row_scores(party.model.eval(), party.test.to(party.device)).cpu()
         scores = option_scores(found[..., 0], found[..., 1], party.size, c.option_score)
         right = torch.tensor([i.label for i in items])
         party.accuracy = 100 * float((scores.argmax(1) == right).double().mean())

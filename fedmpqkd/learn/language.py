@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'option_scores', 'plain_words', 'exact_match', 'rouge_l', 'pieces', 'LanguageData', 'coder_of', 'evenly',
-           'in_tokens', 'language_data', 'load_language', 'trimmed_lengths', 'portions', 'different_inputs',
+           'in_tokens', 'language_data', 'load_language', 'trimmed_lengths', 'portions', 'Packed', 'packed',
            'row_scores', 'LanguageTask']
 
 # %% ../../nbs/learn/09h_language.ipynb #ddde1758
@@ -35,7 +35,7 @@ from fedmpqkd.data.text import (
 )
 from .sensitivity import TokenSelection
 from .task import Task, rows_of
-from ..models.language import GPTS, TextCoder, counted, load_coder, marked, trained_coder
+from ..models.language import GPTS, TextCoder, counted, load_coder, marked, trained_coder, unmarked
 from ..models.lora import build_language_model, embedding_of
 
 # %% ../../nbs/learn/09h_language.ipynb #c5c4a382
@@ -251,42 +251,64 @@ def portions(
         yield torch.tensor(order[-take:]), width
         order = order[:-take]
 
-# %% ../../nbs/learn/09h_language.ipynb #1fd9159f
-def different_inputs(
-    x: Tensor,  # int64 [M, T], marked, on the host
-) -> tuple[Tensor, Tensor]:  # int64 [U]: the first text of each kind, in order; int64 [M]: each text's kind
-    "Texts that are predicted from the same tokens at the same positions, and may differ in what follows."
-    last = (torch.arange(x.shape[-1]) * (x >= 0)).amax(-1, keepdim=True)
-    _, kind = torch.unique(x.where(torch.arange(x.shape[-1]) <= last, -1), dim=0, return_inverse=True)
-    number = torch.arange(len(x))
-    first = torch.full_like(number, len(x)).scatter_reduce(0, kind, number, 'amin')
-    first = first[first < len(x)].sort().values
-    place = torch.empty_like(number)
-    place[kind[first]] = torch.arange(len(first))
-    return first, place[kind]
+# %% ../../nbs/learn/09h_language.ipynb #c861d630
+@dataclass(frozen=True, eq=False)
+class Packed:
+    "Items, each with its options in one text."
+    x: Tensor  # int64 [n, W], marked
+    positions: Tensor  # int64 [n, W]: in the option's own text
+    length: Tensor  # int64 [n]
+    branched: Tensor  # bool [n]: do two options go on differently?
+    row: Tensor  # int64 [n, O, L]: which of the item's rows of logits predicts
+    labels: Tensor  # int64 [n, O, L]: and what, then IGNORED
 
-# %% ../../nbs/learn/09h_language.ipynb #42562a9a
+
+def packed(
+    x: Tensor,  # int64 [n, O, T], marked, on the host
+) -> Packed:
+    # long: where each token goes
+    "What all options of an item share, then what each adds."
+    ids, counts = unmarked(x)
+    t = torch.arange(x.shape[-1])
+    size = ((t + 1) * counts).amax(-1)  # [n, O]: tokens that something is predicted from
+    real = t < size[..., None]
+    equal = (ids == ids[:, :1]) & real | (size == 0)[..., None]
+    shared = equal.all(1).long().cumprod(-1).sum(-1)[:, None]  # [n, 1]
+    added = (size - shared).clamp(min=0)
+    begin = shared + added.cumsum(1) - added
+    place = torch.where(t < shared[..., None], t, (begin - shared)[..., None] + t)  # [n, O, T]
+    length = shared[:, 0] + added.sum(1)
+    item = torch.arange(len(x))[:, None, None].expand_as(x)
+    fresh = torch.full((len(x), max(1, int(length.max()))), -1)
+    positions = torch.zeros_like(fresh)
+    fresh[item[real], place[real]] = -1 - ids[real]
+    fresh[item[counts], place[counts]] = ids[counts]
+    positions[item[real], place[real]] = t.expand_as(x)[real]
+    at, labels = counted(x)
+    row = ((fresh >= 0).cumsum(1) - 1).clamp(min=0)
+    row = row.gather(1, place.gather(2, at).flatten(1)).unflatten(1, at.shape[1:])
+    return Packed(fresh, positions, length, (added > 0).sum(1) > 1, row, labels)
+
+# %% ../../nbs/learn/09h_language.ipynb #b4f24296
+# long: portions of items; the host counts
 def row_scores(
-    model: Callable[[Tensor], Tensor],  # marked ids to logits
-    x: Tensor,  # int64 [M, T], marked
-) -> Tensor:  # float [M, 3]: negative log-likelihood, tokens, tokens that are the most likely ones
-    "What a model says of each text; zeros where nothing is predicted."
-    # long: portions of different inputs, and the texts that belong to each; the host counts
-    found, host = torch.zeros(len(x), 3, device=x.device), x.cpu()
-    once, kind = different_inputs(host)
-    needed, some = trimmed_lengths(host)[once], (host >= 0).sum(-1)[once]
-    place = torch.empty_like(once)
-    for part, width in portions(needed, some, x.device.type != 'cpu'):
-        place.fill_(-1)[part] = torch.arange(len(part))
-        texts = (place[kind] >= 0).nonzero()[:, 0]
-        row, labels = place[kind[texts]].to(x.device), counted(host[texts, :width])[1].to(x.device)
-        logits = model(x[once[part].to(x.device), :width]).float()  # [m, L, V]
-        counts, wanted = labels != IGNORED, labels.clamp(min=0)
-        at = torch.arange(labels.shape[-1], device=x.device)
-        logp = logits[row[:, None], at, wanted] - logits.logsumexp(-1)[row]
-        hit = (logits.argmax(-1)[row] == wanted) & counts
-        nll = -logp.where(counts, logp.new_zeros(())).sum(-1)
-        found[texts.to(x.device)] = torch.stack([nll, counts.sum(-1).float(), hit.sum(-1).float()], -1)
+    model: Callable[..., Tensor],  # marked ids, and where something branches their positions, to logits
+    x: Tensor,  # int64 [n, O, T], marked
+) -> Tensor:  # float [n, O, 3]: negative log-likelihood, tokens, tokens that are the most likely ones
+    "What a model says of each option; an item of one option is a text. Zeros where nothing is predicted."
+    if x.shape[1] > 1 and not getattr(getattr(model, 'model', model), 'branches', False):
+        return row_scores(model, x.flatten(0, 1)[:, None]).view(*x.shape[:2], 3)
+    found, device, p = torch.zeros(*x.shape[:2], 3, device=x.device), x.device, packed(x.cpu())
+    for part, width in portions(p.length, (p.x >= 0).sum(-1), device.type != 'cpu'):
+        where = (p.positions[part, :width].to(device),) if p.branched[part].any() else ()
+        logits = model(p.x[part, :width].to(device), *where).float()  # [m, R, V]
+        shape, labels = p.labels[part].shape, p.labels[part].flatten(1).to(device)
+        row, counts = p.row[part].flatten(1).to(device), labels != IGNORED  # [m, O L]
+        item, wanted = torch.arange(len(part), device=device)[:, None], labels.clamp(min=0)
+        logp = logits[item, row, wanted] - logits.logsumexp(-1).gather(1, row)
+        hit = (logits.argmax(-1).gather(1, row) == wanted) & counts
+        told = -logp.where(counts, logp.new_zeros(())), counts.float(), hit.float()
+        found[part.to(device)] = torch.stack([v.view(shape).sum(-1) for v in told], -1)
     return found
 
 # %% ../../nbs/learn/09h_language.ipynb #a9325892
@@ -347,10 +369,10 @@ class LanguageTask(Task):
         rows, labels = rows_of(logits, targets)
         return F.cross_entropy(rows, labels, label_smoothing=label_smoothing)
 
-    def outputs(self, model: Callable[[Tensor], Tensor], samples: Tensor, targets: Tensor) -> Tensor:
+    def outputs(self, model: Callable[..., Tensor], samples: Tensor, targets: Tensor) -> Tensor:
         "Of each option, or of the text: log-likelihood, tokens, hits, bytes [n, O, 4]."
         rows = samples if samples.dim() == 3 else samples[:, None]
-        found = row_scores(model, rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+        found = row_scores(model, rows)
         size = targets[:, 1:] if samples.dim() == 3 else targets[:, -1:]
         return torch.cat([found, size.to(found)[..., None]], -1)
 

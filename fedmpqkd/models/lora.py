@@ -23,6 +23,7 @@ from ..core.streams import torch_rng
 from fedmpqkd.models.language import (
     GPTS,
     LanguageModel,
+    can_branch,
     counted_logits,
     has_plain_head,
     hub,
@@ -62,6 +63,7 @@ class AdapterModel(nn.Module):
         super().__init__()
         object.__setattr__(self, 'held', held)  # not a submodule: its frozen part is nobody's parameter
         self.plain_head = has_plain_head(held.get_base_model())
+        self.branches = can_branch(held.get_base_model())
         for name, module in travelling(held):
             if any(t.requires_grad for t in module.parameters()): self._attach(name, module)
         self.train()

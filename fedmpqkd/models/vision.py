@@ -698,10 +698,10 @@ class Folded:
         made = _fold_state(state, self.pairs) if self.folded else []
         torch._foreach_copy_(self.made + list(self.kept.values()), made + [state[n] for n in self.kept])
 
-    def __call__(self, x: Tensor) -> Tensor:  # [B, 3, H, W] to [B, classes]
+    def __call__(self, x: Tensor, *more: Tensor) -> Tensor:  # [B, 3, H, W] to [B, classes]
         "Logits in eval mode, without a graph."
         if x.dim() != 4:  # no images: nothing to cut into portions
-            with torch.inference_mode(): return cast(Tensor, self.model(x))
+            with torch.inference_mode(): return cast(Tensor, self.model(x, *more))
         image = tuple(x.shape[1:])
         if image not in self.macs:
             self.macs[image] = count_macs(self.model, image)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..core.config import as_list
 from ..core.journal import Claimed, Damaged, WorkingFolder, project_root, read_record, write_atomic
-from ..core.machine import commit, environment
+from ..core.machine import commit, environment, release_memory
 from ..data.augment import SEVEN, augmentation_steps
 from ..data.images import Dataset
 from ..evaluate.augmentation import measure, minimal_variance
@@ -72,6 +72,7 @@ def piece(
                 text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + '\n'
                 write_atomic(path, text.encode())
                 work.discard()
+                release_memory()
         except Claimed: time.sleep(wait)
     record = read_record(path)
     if record.get('id') != id:
