@@ -65,6 +65,8 @@ class MktConfig:
     public: int = setting(16, 'public items', interval('[1, inf]', 'at least 1'))
     private: int = setting(8, 'items of each client', interval('[1, inf]', 'at least 1'))
     test: int = setting(0, 'test items; 0 is all', interval('[0, inf]', 'at least 0'))
+    test_every: int = setting(1, 'rounds from one test to the next; the last is always tested',
+                              interval('[1, inf]', 'at least 1'))
     rounds: int = setting(2, 'exchanges', interval('[1, inf]', 'at least 1'))
     local_epochs: int = setting(1, 'E, on private items', interval('[1, inf]', 'at least 1'))
     public_epochs: int = setting(1, 'R, on public items', interval('[1, inf]', 'at least 1'))
@@ -562,11 +564,13 @@ def play_mkt(
     if c.method in ('fedmkt', 'llm2slm'):
         for p in everybody[1:]:
             lines[p.number, 0], lines[0, p.number] = connect(p, everybody[0], c), connect(everybody[0], p, c)
-    curve = []
-    for round in range(1 if c.method in ('zero-shot', 'centralised') else c.rounds):
+    curve, rounds = list[dict[str, Any]](), 1 if c.method in ('zero-shot', 'centralised') else c.rounds
+    for round in range(rounds):
         if c.method == 'centralised': centralised(text, everybody[0], c)
         line = {} if c.method == 'centralised' else one_round(everybody, lines, c, round)
-        curve.append(line | dict(round=round + 1, accuracy=[test_accuracy(p, items, c) for p in everybody]))
+        if (rounds - 1 - round) % c.test_every == 0:
+            line = line | dict(accuracy=[test_accuracy(p, items, c) for p in everybody])
+        curve.append(line | dict(round=round + 1))
     last, config = curve[-1]['accuracy'], dataclasses.asdict(c)
     traffic = {f'bytes_{way}': sum(line.get(f'bytes_{way}', 0) for line in curve) for way in ('up', 'down')}
     summary = traffic | dict(server=last[0], clients=last[1:], mean_client=float(np.mean(last[1:])),

@@ -246,10 +246,10 @@ def about(study: Study) -> str:
 # %% ../../nbs/report/17f_lowbit.ipynb #61b322d0
 def page_of(study: Study) -> str:
     "Everything, as Markdown."
+    tables = (rules_table(study).round(3), carried_over(study).round(3), loss_table(study).round(2),
+              ledger(study))
     parts = [to_markdown(augmentation_table(study)), about(study), reading_of(study),
-             to_markdown(rules_table(study).round(3)), to_markdown(carried_over(study).round(3)),
-             to_markdown(loss_table(study).round(2)),
-             to_markdown(ledger(study))]
+             *(to_markdown(t) for t in tables if len(t))]
     return '\n\n'.join(part.strip() for part in parts if part.strip()) + '\n'
 
 
@@ -272,8 +272,9 @@ def stored_study(
     own = [r for r in found if r['kind'] == 'teacher' and r['recipe']['model'] == pieces.teacher.model]
     if not own: raise ValueError(f'{folder}: there is no teacher yet')
     order = [s.augment for s in pieces.scores]
+    wanted = [asdict(s) for s in pieces.scores]
     scores = [r for r in found if r['kind'] == 'score' and r['teacher'] == own[0]['digest']
-              and pieces.score_images in (0, r['data']['train']) and r['recipe']['passes'] == 1]
+              and pieces.score_images in (0, r['data']['train']) and r['recipe'] in wanted]
     scores.sort(key=lambda r: order.index(r['recipe']['augment']))
     students, alone = ([r for r in found if r['kind'] == 'student' and r['recipe'] in map(asdict, recipes)]
                        for recipes in (pieces.students, pieces.alone))

@@ -29,7 +29,7 @@ _TOMATOES = dict(
     rounds=3, weight=0.9, top_k=16, precision='bf16', methods=_MKT, seeds='0,1,2,3,4')
 _ARC = _TOMATOES | dict(
     dataset='arc_easy', clients='smollm2-135m/gpt2;smollm2-135m/bpe:8000', option_score='byte', context=256,
-    public=320, private=320, rounds=2, seeds='0,1,2')
+    public=320, private=320, rounds=2, test_every=2, seeds='0,1,2')
 
 MKT_PRESETS: dict[str, dict[str, Any]] = {
     'smoke': dict(dataset='almanac', text_kind='class', server='gpt-mini/byte-bpe:300', lr=0.003,
