@@ -33,7 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     'qat-uniform': dict(**_QAT, alpha=0.0),
     EQUAL_BYTES: dict(**_QAT, alpha=0.0),
     'aqfl': dict(**_QAT, alpha=0.0),
-    'fedkd': dict(**_QAT, exchange='logits+model', alpha=0.0),
+    'fedkd': dict(**_QAT, exchange='logits+model', server_rule='average', alpha=0.0),
     'fedmd': dict(update='fp32', exchange='logits-only', alpha=0.0),
     'feddf': dict(update='fp32', exchange='server-distill', alpha=0.0),
     'fedavgm': dict(update='fp32', server_rule='momentum', alpha=0.0),
