@@ -264,6 +264,7 @@ def _conditions(c: RunConfig) -> str:
             f'{_percent(c.dropout)} {who_fails}' if c.dropout else '',
             f'{_percent(c.validation)} of their images kept for validation' if c.validation else '',
             f'{_percent(c.label_noise)} of the labels of {whose} wrong{since}' if c.label_noise else '',
+            f'server rule {c.server_rule}' if c.server_rule != 'average' else '',
             f'warm start {c.warm_start}' if c.warm_start != 'none' else '']
     return ''.join(f', {part}' for part in said if part)
 
