@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MKT_METHODS', 'LIES', 'MktConfig', 'Party', 'parsed', 'build_party_model', 'dealt', 'parties', 'counted_rows',
-           'whole_losses', 'party_message', 'Line', 'connect', 'moved', 'batches', 'descended', 'mean_of',
-           'trained_privately', 'learned_from', 'believed', 'Lesson', 'lesson', 'sent', 'test_accuracy', 'averaged',
-           'exchange', 'one_round', 'centralised', 'play_mkt']
+           'following', 'whole_losses', 'party_message', 'Line', 'connect', 'moved', 'batches', 'descended', 'mean_of',
+           'trained_privately', 'healed', 'learned_from', 'believed', 'Lesson', 'lesson', 'sent', 'test_accuracy',
+           'averaged', 'exchange', 'one_round', 'centralised', 'play_mkt']
 
 # %% ../../nbs/federation/12h_mkt.ipynb #24fef432
 import dataclasses
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ..core.config import Allowed, interval, one_of, setting
 from ..core.streams import rng, torch_rng
-from ..data.text import IGNORED, Item, TextData, TokenBatch, target_pairs
+from ..data.partition import dirichlet_split
+from ..data.text import IGNORED, Item, TextData, TokenBatch, natural_labels, target_pairs
 from ..evaluate.metrics import peak_memory_mib
 from .server import Average
 from ..learn.alignment import TopK, align_batches, cached_map, move_logits, soft_rows, top_k
@@ -64,6 +65,10 @@ class MktConfig:
     average: bool = setting(False, 'are the weights of equal clients averaged after each round?')
     public: int = setting(16, 'public items', interval('[1, inf]', 'at least 1'))
     private: int = setting(8, 'items of each client', interval('[1, inf]', 'at least 1'))
+    dirichlet: float = setting(0.0, 'skew of private items over their topics, or labels; 0: none',
+                               interval('[0, inf]', 'at least 0'))
+    heal: int = setting(0, 'passes of the clients over public prompts, before the first round',
+                        interval('[0, inf]', 'at least 0'))
     test: int = setting(0, 'test items; 0 is all', interval('[0, inf]', 'at least 0'))
     test_every: int = setting(1, 'rounds from one test to the next; the last is always tested',
                               interval('[1, inf]', 'at least 1'))
@@ -180,10 +185,15 @@ def dealt(
     if wanted > len(text.train):
         raise ValueError(f'public={c.public} and private={c.private} need {wanted} items, {text.name} has '
                          f'{len(text.train)}')
-    order = rng(c.seed, 'partition').permutation(len(text.train))[:wanted]
-    mixed = [text.train[n] for n in order]
-    private = [mixed[c.public + k * c.private:c.public + (k + 1) * c.private] for k in range(len(c.clients))]
-    return mixed[:c.public], private, list(evenly(text.test, c.test))
+    g = rng(c.seed, 'partition')
+    mixed = [text.train[n] for n in g.permutation(len(text.train))[:wanted]]
+    public, rest = mixed[:c.public], mixed[c.public:]
+    parts: Sequence[Any] = np.split(np.arange(len(rest)), len(c.clients))
+    if c.dirichlet:
+        topics, names = natural_labels(rest)
+        labels = topics if len(names) > 1 else np.array([item.label for item in rest])
+        parts = dirichlet_split(labels, len(c.clients), c.dirichlet, g).parts
+    return public, [[rest[n] for n in part] for part in parts], list(evenly(text.test, c.test))
 
 # %% ../../nbs/federation/12h_mkt.ipynb #9dc32747
 @lru_cache(maxsize=32)
@@ -237,12 +247,18 @@ def counted_rows(
     return logits.flatten(0, 1)[at], labels[counts].to(party.device)
 
 # %% ../../nbs/federation/12h_mkt.ipynb #fcd2d53a
+def following(
+    batch: TokenBatch,
+) -> Tensor:  # int64 [N, T]: the next token everywhere, IGNORED behind the last
+    "What a language model predicts, in prompts as well as in answers."
+    last = torch.arange(batch.ids.shape[1]) >= batch.lengths[:, None] - 1
+    return batch.ids.roll(-1, 1).masked_fill(last, IGNORED)
+
+
 @torch.no_grad()
 def whole_losses(party: Party) -> Tensor:  # fp32 [N]: mean per token
     "Losses over prompt and answer, as the published code compares them."
-    ids = party.public.ids
-    last = torch.arange(ids.shape[1]) >= party.public.lengths[:, None] - 1
-    labels = ids.roll(-1, 1).masked_fill(last, IGNORED)
+    ids, labels = party.public.ids, following(party.public)
     found = row_scores(party.model.eval(), marked(ids, labels)[:, None].to(party.device)).cpu()[:, 0]
     return found[:, 0] / found[:, 1]
 
@@ -356,6 +372,18 @@ def trained_privately(
     losses = [descended(party, optimizer, F.cross_entropy(*counted_rows(party, texts, part)))
               for part in batches(len(texts), c, 'private', round, party.number)]
     return mean_of(losses)
+
+# %% ../../nbs/federation/12h_mkt.ipynb #c64ab5d6
+def healed(
+    party: Party,
+    c: MktConfig,  # heal: passes
+) -> float:  # mean loss, nats a token
+    "Train on the public prompts, without their answers."
+    answers = party.public.labels != IGNORED
+    texts = dataclasses.replace(party.public, labels=following(party.public).masked_fill(answers, IGNORED))
+    if not (texts.labels != IGNORED).any(-1).all():
+        raise ValueError(f'heal={c.heal}: a public text is answer alone, there is no prompt to continue')
+    return trained_privately(party, dataclasses.replace(c, local_epochs=c.heal), c.rounds, texts)
 
 # %% ../../nbs/federation/12h_mkt.ipynb #1794a4cb
 # long: one loop
@@ -564,6 +592,7 @@ def play_mkt(
     if c.method in ('fedmkt', 'llm2slm'):
         for p in everybody[1:]:
             lines[p.number, 0], lines[0, p.number] = connect(p, everybody[0], c), connect(everybody[0], p, c)
+    for p in everybody[1:] if c.heal else (): healed(p, c)
     curve, rounds = list[dict[str, Any]](), 1 if c.method in ('zero-shot', 'centralised') else c.rounds
     for round in range(rounds):
         if c.method == 'centralised': centralised(text, everybody[0], c)

@@ -52,9 +52,10 @@ def points(
     whole = [m for m in others if m == 'fedavg']
     yield dict(update_share=main, optimizer=usual, methods=[*pair, *whole])
     for b in budgets[1:]: yield dict(update_share=b, optimizer=usual, methods=pair)
-    for b in budgets:
-        rows = [m for m in others if m not in whole and (m != 'fedpaq-ef' or qsgd_bits(b))]
-        yield dict(update_share=b, optimizer=usual, methods=rows)
+    rest = [m for m in others if m not in (*whole, 'fedpaq-ef')]
+    if rest: yield dict(update_share=main, optimizer=usual, methods=rest)
+    for b in budgets if 'fedpaq-ef' in others else ():
+        if qsgd_bits(b): yield dict(update_share=b, optimizer=usual, methods=['fedpaq-ef'])
     for o in optimizers[1:]: yield dict(update_share=main, optimizer=o, methods=[*pair, *whole])
     for s in selections if pair else ():
         yield dict(update_share=main, optimizer=usual, token_select=s, methods=pair[:1])

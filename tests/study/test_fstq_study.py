@@ -49,7 +49,7 @@ def test_each_run_once_and_the_pair_first(outcome):
     assert [(r["config"]["method"], r["config"]["optimizer"]) for r in outcome.records] == [
         (c.method, c.optimizer) for c in planned]
     assert {c.method for c in planned[:3]} == {"fedavg", "fedavg-fstq", "fedavg-magnitude"}
-    assert len(planned) == 16  # 6 + 5 of which fp32 is one, three under SGD, two with some of the labels
+    assert len(planned) == 14  # fp32, pair and uniform bits twice, two others, three under SGD, two labels
     assert [(c.method, c.token_select) for c in planned[-2:]] == [
         ("fedavg-fstq", "sensitivity"), ("fedavg-fstq", "random")]
     assert all(c.error_feedback for c in planned if c.method != "fedavg")
@@ -57,7 +57,7 @@ def test_each_run_once_and_the_pair_first(outcome):
 
 def test_tables(outcome, tmp_path, monkeypatch):
     table, both = fstq_table(outcome.records), fstq_pairs(outcome.records)
-    assert table["nats per byte"].between(1, 8).all() and len(table) == 16
+    assert table["nats per byte"].between(1, 8).all() and len(table) == 14
     assert both.n.tolist() == [1, 1, 1] and math.isnan(both.ci_low[0])
     assert [pair.n.tolist() for pair in token_pairs(outcome.records)] == [[1], [1]]
     assert (fstq_claims(outcome.records).measured != "").sum() == 2
