@@ -90,7 +90,7 @@ EXP2 = Experiment(
          smoke=_SMOKE | dict(participation=0.75, dropout=0.34, stress='attacks', methods=_FIVE, seeds='0'),
          mini=_COARSE | dict(train_images=12000, test_images=2000, eval_images=500, rounds=12,
                              public_images=600, warm_start='public:40', seeds='0,1,2'),
-         study=dict(dataset='cifar100-coarse', model='convnet', eval_images=2000, rounds=50, precision='fp32',
+         study=dict(dataset='cifar100-coarse', model='convnet', eval_images=2000, rounds=40, precision='fp32',
                     server_rule='adam', public_images=1000, methods=_FIVE, seeds='0,1,2', min_batch=8),
          paper=dict(eval_images=0, methods=_FIVE, seeds='0,1,2,3,4', min_batch=8)))
 
