@@ -347,9 +347,27 @@ def open_job(job: Job) -> tuple[Any, Journal]:
         raise ValueError(f'method={c.method!r}: it would leave the folder of results')
     return data, journal
 
+@lru_cache
+def _say_missing(dataset: str) -> None:
+    print(f'{dataset} is not here: finished runs are taken from their records as they stand', flush=True)
+
+def _recorded(job: Job) -> Record | None:
+    "The record of a job whose data are not here, on whatever version of the data it was made."
+    c = _as_registered(job)
+    for path in sorted(Path(job.results, job.group).glob(f'{c.method}_seed={c.seed}_*.json')):
+        record = read_record(path)
+        if record['id'] == run_id(c, record['data']['fingerprint']):
+            _say_missing(c.dataset)
+            return cast(Record, record)
+    return None
+
 def _attempt(job: Job, sweep: Sweep | None = None) -> Record | Claimed:
     "The record of a job, found or computed; or who is computing it."
-    data, journal = open_job(job)
+    try: data, journal = open_job(job)
+    except DataMissing:
+        if job.data_dir or (kept := _recorded(job)) is None: raise
+        if sweep: sweep.found(job.config.rounds, runs=1)
+        return kept
     journal.tidy()
     c = _as_registered(job)
     if (done := journal.record()) is not None:

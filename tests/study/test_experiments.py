@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import pytest
 from conftest import ROOT
 
 from fedmpqkd.core.config import canonical
+from fedmpqkd.data.images import DataMissing
+from fedmpqkd.study import experiments
 from fedmpqkd.study.experiments import EXPERIMENTS, Job, plan, run_sweep
 
 TINY = dict(rounds=2, clients=2, train_images=120, test_images=100)
@@ -34,6 +37,19 @@ def papermill(*words: str, cwd: Path) -> subprocess.CompletedProcess:
     program = str(Path(sys.executable).with_name("papermill"))
     return subprocess.run([program, *words], cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True,
                           text=True)
+
+
+def test_finished_runs_are_read_without_their_data(tmp_path: Path, monkeypatch, capsys):
+    (there,), (other,) = jobs(tmp_path, "fedavg"), jobs(tmp_path, "fedavg", "1")
+    first = run_sweep([there])
+
+    def missing(*_): raise DataMissing("no shards")
+
+    monkeypatch.setattr(experiments, "load_task", missing)
+    assert run_sweep([there]) == first
+    assert "digits is not here" in capsys.readouterr().out
+    with pytest.raises(DataMissing): run_sweep([other])  # it would have to be computed
+    with pytest.raises(DataMissing): run_sweep([replace(there, data_dir=str(tmp_path))])  # named
 
 
 def test_command_line_runs_an_experiment_without_papermill(tmp_path: Path):
