@@ -189,7 +189,7 @@ class StrictEngine(NBClientEngine):  # type: ignore[misc]  # it is untyped
         "Check the parameters, then run as usual."
         check_parameters(declared_names(nb), set(nb.metadata.papermill.get('parameters', {})))
         os.environ.setdefault('PYDEVD_DISABLE_FILE_VALIDATION', '1')
-        kwargs.setdefault('extra_arguments', ['--log-level=ERROR'])
+        kwargs.setdefault('extra_arguments', ['--log-level=CRITICAL'])
         if cls.stream: kwargs['progress_bar'] = False
         own = None if cls.names_the_copy else output_path
         done = super().execute_notebook(nb, kernel_name, own, **kwargs)

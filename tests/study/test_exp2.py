@@ -26,6 +26,7 @@ def test_high_distillation_weight_from_the_command_line(tmp_path: Path):
     done = subprocess.run([program, *words], cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "KeyboardInterrupt" not in done.stdout + done.stderr  # of a kernel that is shut down at the end
     records = {r["config"]["method"]: r
                for r in (json.loads(p.read_text())
                          for p in (tmp_path / "r" / "exp2" / "smoke").glob("*.json"))}
