@@ -88,11 +88,13 @@ def has_plain_head(causal: Any) -> bool:
 # %% ../../nbs/models/04a_language.ipynb #a198dd8f
 def branches(
     positions: Tensor,  # int64 [N, T]
+    last: Tensor | None = None,  # int64 [N]: behind it is padding; None: there is none
 ) -> Tensor | None:  # bool [N, 1, T, T]: which tokens attend to which; None where nothing branches
     "A token attends to its own branch, and to that part of the trunk which lies before the branch."
-    falls = positions[:, 1:] <= positions[:, :-1]
-    if not falls.any(): return None
     at = torch.arange(positions.shape[1], device=positions.device)
+    falls = positions[:, 1:] <= positions[:, :-1]
+    if last is not None: falls &= at[1:] <= last[:, None]
+    if not falls.any(): return None
     first = torch.cat([torch.zeros_like(positions[:, :1]), at[1:] * falls], 1).cummax(1).values  # of a branch
     begin = positions.gather(1, first)
     trunk = (first == 0)[:, None] & (positions[:, None] < begin[..., None])
@@ -126,7 +128,8 @@ def counted_logits(
     at = counted(rows)[0][..., None]  # [N, L, 1]
     ids = unmarked(rows)[0]
     where = None if positions is None else positions.flatten(0, -2)
-    sees = None if where is None else branches(where)
+    last = (torch.arange(x.shape[-1], device=x.device) * (rows >= 0)).amax(-1)
+    sees = None if where is None else branches(where, last)
     if plain_head:
         states = hidden_states(causal, ids, where, sees)
         logits = causal.get_output_embeddings()(states.gather(1, at.expand(-1, -1, states.shape[-1])))
