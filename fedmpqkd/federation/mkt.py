@@ -100,7 +100,8 @@ class MktConfig:
             found = [s.strip().partition('*') for s in self.clients.split(';') if s.strip()]
             for name, star, n in found:
                 if star and not (n.isdigit() and int(n)): raise ValueError(f'clients: {name}*{n}: how many?')
-            object.__setattr__(self, 'clients', tuple(name for name, _, n in found for _ in range(int(n or 1))))
+            each = tuple(name.strip() for name, _, n in found for _ in range(int(n or 1)))
+            object.__setattr__(self, 'clients', each)
         for f in dataclasses.fields(self):
             allowed: Allowed | None = f.metadata['allowed']
             if allowed and not allowed.holds(getattr(self, f.name)):
