@@ -110,7 +110,8 @@ def variants(
 _SCHEDULES = variants('linear', 'cosine', 'ratio', 'agree', 'entropy', 'accuracy', 'cooling')
 
 AXES |= {
-    'alpha': Axis('Weight of the distillation term', along('alpha', 0.01, 0.03, 0.1, 0.3, 1.0), _PAIR),
+    'alpha': Axis('Weight of the distillation term', along('alpha', 0.01, 0.03, 0.1, 0.3, 1.0), _PAIR,
+                  dict(study=along('alpha', 0.1, 0.25, 0.5, 1.0))),
     'temperature': Axis('Temperature of the distillation term', along('temperature', 1.0, 2.0, 4.0), _PAIR),
     'teacher': Axis('What the teacher is', dict(base={}), variants('delivered', 'q8', 'ema')),
     'divergence': Axis('What student and teacher are compared by', dict(base={}),
