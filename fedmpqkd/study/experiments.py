@@ -480,7 +480,7 @@ def parse_fields(
 
 # %% ../../nbs/study/16b_experiments.ipynb #222e77b9
 # the scale at which an experiment is evidence: its records are what the paper and the README cite
-CITED = {'exp1': 'study', 'exp2': 'mini', 'exp3': 'mini', 'exp5': 'study', 'exp5-arc': 'study',
+CITED = {'exp1': 'study', 'exp2': 'study', 'exp3': 'mini', 'exp5': 'study', 'exp5-arc': 'study',
          'exp7': 'study'}
 
 def departure(
