@@ -318,10 +318,13 @@ class LanguageConfig:
     lora_heads: str = setting('', 'modules that are trained as a whole next to the adapters')
     lora_train: str = setting('AB', 'factors of the adapters that are trained and sent; with B alone the '
                               'mean of factors is that of their products', one_of('AB', 'B'))
-    token_select: str = setting('none', 'which labels of a text train: all, those of sensitive tokens, or '
-                                'random ones', one_of('none', 'sensitivity', 'random'))
-    token_share: float = setting(0.5, 'of the labels of a text that train, if not all do', interval('(0, 1)'))
-    token_refresh: int = setting(10, 'steps of a local round from one that trains on all labels, and '
+    token_select: str = setting('none', 'which tokens of a text count: all, the sensitive ones, or random '
+                                'ones', one_of('none', 'sensitivity', 'random'))
+    token_mode: str = setting('loss_mask', 'what they are chosen for: labels that train, labels that '
+                              'importance is measured on, or tokens of the prompt that are read',
+                              one_of('loss_mask', 'fisher_only', 'input_drop'))
+    token_share: float = setting(0.5, 'of the tokens of a text that are chosen', interval('(0, 1)'))
+    token_refresh: int = setting(10, 'steps of a local round from one that takes all tokens, and '
                                  'measures sensitivity, to the next', interval('[2, inf]', 'at least 2'))
 
 # %% ../../nbs/core/01_config.ipynb #38024b04
@@ -406,6 +409,16 @@ def _language_rules(c: 'RunConfig') -> Iterator[str]:
         if getattr(c, name) != only:
             yield f'{name}={getattr(c, name)!r}: for images; a run with a tokenizer has {name}={only!r}'
 
+# %% ../../nbs/core/01_config.ipynb #9c528d0e
+def _token_rules(c: 'RunConfig') -> Iterator[str]:
+    "What is chosen for something needs that something."
+    if c.token_select == 'none' or c.token_mode == 'loss_mask': return
+    if c.distils or c.client_term != 'none':
+        yield f'token_mode={c.token_mode!r}: a teacher or a client_term reads whole texts and all labels'
+    if c.token_mode == 'fisher_only' and (c.uplink, c.importance) != ('mixed', 'batch-sq'):
+        yield ("token_mode='fisher_only' is for uplink='mixed' with importance='batch-sq': "
+               'nothing else measures')
+
 # %% ../../nbs/core/01_config.ipynb #dfcccc77
 # long: small rules that are read together
 def _peer_rules(c: 'RunConfig') -> Iterator[str]:
@@ -434,7 +447,7 @@ def _product_rules(c: 'RunConfig') -> Iterator[str]:
 def _other_rules(c: 'RunConfig') -> Iterator[str]:
     if len(c.bits) not in (1, c.clients):
         yield f'bits has {len(c.bits)} budgets for {c.clients} clients: give one, or one per client'
-    if c.tokenizer: yield from _language_rules(c)
+    if c.tokenizer: yield from (*_language_rules(c), *_token_rules(c))
     if c.aggregate == 'lora-product': yield from _product_rules(c)
     if c.min_bits > min(c.bits):
         yield f'min_bits={c.min_bits}: no layer of a budget of {min(c.bits):g} bits can have as many'

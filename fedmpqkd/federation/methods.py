@@ -145,7 +145,7 @@ _IDLE: tuple[tuple[Any, tuple[str, ...]], ...] = (  # (when nothing of this is u
     (lambda c: not c.tokenizer, (
         'text_kind', 'text_groups', 'context', 'chat', 'option_score', 'lm_layers', 'lora_rank',
         'token_select')),
-    (lambda c: not c.tokenizer or c.token_select == 'none', ('token_share', 'token_refresh')),
+    (lambda c: not c.tokenizer or c.token_select == 'none', ('token_mode', 'token_share', 'token_refresh')),
     (lambda c: c.dataset != 'almanac', ('text_kind',)),
     (lambda c: c.dataset == 'almanac', ('text_groups',)),
     (lambda c: not (c.tokenizer and c.lora_rank), (

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'option_scores', 'plain_words', 'exact_match', 'rouge_l', 'pieces', 'LanguageData', 'coder_of', 'evenly',
-           'in_tokens', 'language_data', 'load_language', 'trimmed_lengths', 'portions', 'Packed', 'packed',
-           'row_scores', 'LanguageTask']
+           'in_tokens', 'language_data', 'load_language', 'portions', 'Packed', 'packed', 'row_scores', 'LanguageTask']
 
 # %% ../../nbs/learn/09h_language.ipynb #ddde1758
 import hashlib
@@ -35,7 +34,16 @@ from fedmpqkd.data.text import (
 )
 from .sensitivity import TokenSelection
 from .task import Task, rows_of
-from ..models.language import GPTS, TextCoder, counted, load_coder, marked, trained_coder, unmarked
+from fedmpqkd.models.language import (
+    GPTS,
+    TextCoder,
+    counted,
+    load_coder,
+    marked,
+    trained_coder,
+    trimmed_lengths,
+    unmarked,
+)
 from ..models.lora import build_language_model, embedding_of
 
 # %% ../../nbs/learn/09h_language.ipynb #c5c4a382
@@ -226,15 +234,6 @@ def load_language(
     used = {name: getattr(config, name) for name in _MATTERS}
     model = config.model if config.tokenizer == 'own' else 'gpt-tiny'
     return _loaded(RunConfig(model=model, **used), data_dir)
-
-# %% ../../nbs/learn/09h_language.ipynb #b217db1d
-def trimmed_lengths(
-    x: Tensor,  # int64 [..., T], marked
-) -> Tensor:  # int64 [...]: positions up to the one behind the last that counts
-    "How much of each text is needed."
-    at = torch.arange(1, x.shape[-1] + 1, device=x.device)
-    last = (at * (x >= 0)).amax(-1)
-    return (last + 1).clamp(max=x.shape[-1])
 
 # %% ../../nbs/learn/09h_language.ipynb #307a482e
 def portions(

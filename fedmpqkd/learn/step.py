@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_optimizer', 'TrainState', 'gradient_norm', 'teacher_logits', 'distillation', 'objective', 'add_proximal_grad',
-           'take_step', 'local_step']
+           'take_step', 'measured_gradients', 'local_step']
 
 # %% ../../nbs/learn/09c_step.ipynb #ce472077
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from ..core.config import RunConfig
 from .distill import GradRatio, distill_loss, gate
 from .importance import SquaredGradients
 from .replica import Clock, Replica
-from .sensitivity import TokenSelection
+from .sensitivity import Chosen, TokenSelection
 from .task import Task, rows_of
 from .teacher import BatchTeacher, CoTeacher
 from .terms import ClientTerm, label_loss
@@ -133,12 +133,13 @@ def add_proximal_grad(
 def take_step(
     replica: Replica,  # student, with gradients; without them afterwards
     train_state: TrainState,  # rule, optimiser
+    measured: Sequence[Tensor] | None = None,  # gradients that importance is made of; None: the step's own
 ) -> None:
     "From gradients to new weights."
     rule, clock = train_state.rule, train_state.clock
     if rule or train_state.squares:
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in replica.weights]
-    if train_state.squares: train_state.squares.add(gradients)
+    if train_state.squares: train_state.squares.add(gradients if measured is None else measured)
     if rule:
         with clock('quantise'): rule.receive(gradients)
     with clock('optimiser'):
@@ -148,6 +149,17 @@ def take_step(
         with clock('quantise'): rule.show()
 
 # %% ../../nbs/learn/09c_step.ipynb #d50b6715
+def measured_gradients(
+    replica: Replica,  # student
+    chosen: Chosen,  # of texts: which labels importance is measured on
+    logits: Tensor,  # the student's, with their graph
+) -> tuple[Tensor, ...] | None:  # for `take_step`
+    "Gradients of other labels than those that train."
+    if chosen.measured is chosen.labels: return None
+    loss = replica.task.loss(logits, chosen.measured)
+    return torch.autograd.grad(loss, replica.weights, retain_graph=True, materialize_grads=True)
+
+
 def local_step(
     replica: Replica,  # student
     train_state: TrainState,  # teacher, rule, optimiser
@@ -155,14 +167,16 @@ def local_step(
     y: Tensor,  # [B] or [B, T]
 ) -> None:
     "One step of the objective."
-    c, clock = train_state.config, train_state.clock
+    c, clock, tokens = train_state.config, train_state.clock, train_state.tokens
     replica.model.train(len(x) > 1)
-    with train_state.tokens.step(x, y) if train_state.tokens else nullcontext(y) as targets:
+    with tokens.step(x, y) if tokens else nullcontext(Chosen((x,), y, y)) as chosen:
         with torch.autocast(replica.device.type, torch.bfloat16, enabled=c.precision == 'bf16'):
-            with clock('student'): logits = replica.model(x).float()  # [B, C] or [B, T, C]
-            loss = objective(train_state, x, targets, logits)
-        with clock('student'): loss.backward()
+            with clock('student'): logits = replica.model(*chosen.inputs).float()  # [B, C] or [B, T, C]
+            loss = objective(train_state, x, chosen.labels, logits)
+        with clock('student'):
+            measured = measured_gradients(replica, chosen, logits)
+            loss.backward()
     if train_state.anchors:
         add_proximal_grad([*replica.weights, *replica.others], train_state.anchors, c.prox)
     if train_state.term: train_state.term.change_gradients()
-    take_step(replica, train_state)
+    take_step(replica, train_state, measured)

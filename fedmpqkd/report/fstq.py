@@ -43,8 +43,9 @@ def row_of(
 ) -> str:  # 'fedavg-fstq'; 'fedavg-fstq (random)' where labels were left out at random
     "The recipe, and how labels were chosen if not all were trained on."
     c = record['config']
-    chosen = c.get('token_select', 'none')
-    return c['method'] if chosen == 'none' else f'{c["method"]} ({chosen})'
+    chosen, mode = c.get('token_select', 'none'), c.get('token_mode', 'loss_mask')
+    if chosen == 'none': return str(c['method'])
+    return f'{c["method"]} ({chosen})' if mode == 'loss_mask' else f'{c["method"]} ({chosen}, {mode})'
 
 
 def fstq_frame(

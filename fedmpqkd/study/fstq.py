@@ -37,14 +37,16 @@ def qsgd_bits(
 BUDGETS = {'smoke': '0.1,0.3', 'study': '0.02,0.01,0.05,0.2', 'paper': '0.02,0.01,0.05,0.2'}
 RATES = {'adamw': 1.0, 'sgd': 50.0}  # times the experiment's own rate
 PAIR = ('fedavg-fstq', 'fedavg-magnitude')
-SELECTIONS = {'smoke': 'sensitivity,random', 'paper': 'sensitivity,random'}  # of labels, besides all
+SELECTIONS = {  # of tokens, besides all; behind a colon what for, see `token_mode`
+    'smoke': 'sensitivity,random',
+    'paper': 'sensitivity,random,sensitivity:input_drop,random:input_drop,sensitivity:fisher_only'}
 
 
 def points(
     budgets: Sequence[float],  # shares of fp32, the main one first
     optimizers: Sequence[str],  # the main one first
     methods: Sequence[str],  # recipes
-    selections: Sequence[str] = (),  # of labels, see `token_select`
+    selections: Sequence[str] = (),  # of tokens, see `SELECTIONS`
 ) -> Iterator[dict[str, Any]]:  # budget, optimiser, rows
     "What is run, most telling first."
     main, usual = budgets[0], optimizers[0]
@@ -58,7 +60,9 @@ def points(
         if qsgd_bits(b): yield dict(update_share=b, optimizer=usual, methods=['fedpaq-ef'])
     for o in optimizers[1:]: yield dict(update_share=main, optimizer=o, methods=[*pair, *whole])
     for s in selections if pair else ():
-        yield dict(update_share=main, optimizer=usual, token_select=s, methods=pair[:1])
+        select, _, mode = s.partition(':')
+        chosen = dict(token_select=select) | (dict(token_mode=mode) if mode else {})
+        yield dict(update_share=main, optimizer=usual, methods=pair[:1]) | chosen
 
 # %% ../../nbs/study/16j_fstq.ipynb #9dba2c8c
 def configs_of(
@@ -83,7 +87,7 @@ def runs_of(
     optimizers: Any = '',  # the main one first; '' for both
     methods: Any = '',  # recipes; '' for the preset's
     seeds: Any = '',  # '' for the preset's
-    selections: Any = '',  # of labels: sensitivity, random; '' for the preset's
+    selections: Any = '',  # of tokens: sensitivity, random:input_drop, ...; '' for the preset's
     **fields: Any,  # further configuration values
 ) -> list[RunConfig]:  # each once, most telling first
     "All runs, in the order in which they are played."
@@ -108,7 +112,7 @@ def run_fstq(
     optimizers: Any = '',  # adamw, sgd; '' for both
     methods: Any = '',  # recipes; '' for the preset's
     seeds: Any = '',  # '' for the preset's
-    selections: Any = '',  # of labels: sensitivity, random; '' for the preset's
+    selections: Any = '',  # of tokens: sensitivity, random:input_drop, ...; '' for the preset's
     data_dir: str = '',  # where the texts are; '' for the usual places
     results_dir: str = '',  # where records go; '' for results/
     device: str = 'auto',  # auto, cpu, cuda, ...

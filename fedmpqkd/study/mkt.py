@@ -26,10 +26,10 @@ _MKT = 'zero-shot,standalone,public-ce,llm2slm,fedmkt'
 _TOMATOES = dict(
     dataset='rotten_tomatoes', server='smollm2-135m/own', option_score='sum', lr=0.0003, batch_size=8,
     clients='smollm2-135m/gpt2/8;smollm2-135m/own/8;gpt-small/byte-bpe:2000', public=256, private=256,
-    rounds=3, weight=0.9, top_k=16, precision='bf16', methods=_MKT, seeds='0,1,2,3,4')
+    rounds=3, test_every=3, weight=0.9, top_k=16, precision='bf16', methods=_MKT, seeds='0,1,2,3,4')
 _ARC = _TOMATOES | dict(
     dataset='arc_easy', clients='smollm2-135m/gpt2;smollm2-135m/bpe:8000', option_score='byte', context=256,
-    public=320, private=320, rounds=2, test_every=2, seeds='0,1,2')
+    public=320, private=320, rounds=2, seeds='0,1,2')
 
 MKT_PRESETS: dict[str, dict[str, Any]] = {
     'smoke': dict(dataset='almanac', text_kind='class', server='gpt-mini/byte-bpe:300', lr=0.003,

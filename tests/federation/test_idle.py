@@ -79,7 +79,7 @@ OTHER = dict(
     logits='fp16', logits_topk=2, grid_axes=1, moshpit_iterations=1, peer_failure=0.5, hop='q8',
     text_kind='class', text_groups='en', context=64, chat=True, option_score='sum', lm_layers=2,
     lora_rank=2, lora_alpha=8.0, lora_dropout=0.1, lora_targets='k_proj', lora_heads='lm_head',
-    lora_train='B', token_select='random', token_share=0.3, token_refresh=3)
+    lora_train='B', token_select='random', token_mode='input_drop', token_share=0.3, token_refresh=3)
 
 
 @functools.cache

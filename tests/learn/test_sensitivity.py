@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 
 from fedmpqkd.learn.sensitivity import (
-    MODES,
     EmbeddingGradients,
     TokenSelection,
     TokenTable,
     answering,
     chosen_tokens,
-    labels_for,
+    kept_tokens,
     shortened_texts,
+    trained_labels,
 )
 
 torch.set_num_threads(1)
@@ -93,15 +93,13 @@ def test_a_constant_score_is_its_own_mean():
     assert torch.allclose(table.score(torch.arange(5)), torch.tensor([0, 3., 8, 0, 0]), atol=1e-5)
 
 
-@pytest.mark.parametrize('mode', MODES)
-def test_labels_are_only_ever_left_out(mode):
-    table, g = TokenTable(30), torch.Generator().manual_seed(0)
+def test_labels_are_only_ever_left_out():
+    g = torch.Generator().manual_seed(0)
     labels = torch.randint(30, (4, 6), generator=g)
     labels[2, 3:] = -100
-    train, measure = labels_for(mode, labels, table, .5)
-    for part in (train, measure): assert ((part == labels) | (part == -100)).all()
-    sizes = [int((part >= 0).sum()) for part in (train, measure)]
-    assert sizes == dict(loss_mask=[11, 11], fisher_only=[21, 11], input_drop=[21, 21])[mode]  # 3 x 3 + 2
+    fewer = trained_labels(labels, torch.zeros(4, 6), .5)
+    assert ((fewer == labels) | (fewer == -100)).all()
+    assert int((fewer >= 0).sum()) == 11  # 3 x 3 + 2
 
 
 def test_a_shorter_text_keeps_labels_order_and_positions():
@@ -139,8 +137,8 @@ def steps(words, head, choice, count):
     for _ in range(count):
         with choice.step(TEXT, labels) as mine:
             logits = head(words(unmarked(TEXT)[0]))[:, :4]
-            F.cross_entropy(logits.flatten(0, 1), mine.flatten(), ignore_index=-100).backward()
-        out.append(mine[0].tolist())
+            F.cross_entropy(logits.flatten(0, 1), mine.labels.flatten(), ignore_index=-100).backward()
+        out.append(mine.labels[0].tolist())
     return out
 
 
@@ -178,3 +176,93 @@ def test_gradients_that_are_not_numbers_are_not_learned_from():
 def test_selections_that_select_nothing_are_refused(fields, why):
     from fedmpqkd.core.config import RunConfig
     with pytest.raises(ValueError, match=why): RunConfig(tokenizer='bytes', **fields)
+
+
+# what tokens are chosen for -------------------------------------------------------------------------------
+
+def trained_client(**fields):
+    "A client of a tiny GPT with adapters after six steps: its adapters, and what it has measured."
+    pytest.importorskip('transformers')
+    pytest.importorskip('peft')
+    from fedmpqkd.core.config import RunConfig
+    from fedmpqkd.learn.importance import SquaredGradients
+    from fedmpqkd.learn.language import LanguageTask, load_language
+    from fedmpqkd.learn.replica import Clock, Replica
+    from fedmpqkd.learn.step import TrainState, local_step, make_optimizer
+    c = RunConfig(dataset='almanac', text_kind='answer', model='gpt-tiny', tokenizer='byte-bpe:300',
+                  lora_rank=2, context=64, lr=.05, momentum=.5, uplink='mixed', token_refresh=3, **fields)
+    task = LanguageTask(load_language(c))
+    torch.manual_seed(0)
+    replica = Replica(c, task, 'cpu')
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for w in replica.weights: w.copy_(.1 * torch.randn(w.shape, generator=g))
+    tokens = task.selection(c, replica.model, torch.Generator().manual_seed(2))
+    state = TrainState(c, task, 0., 1., None, None, make_optimizer(c, [*replica.others, *replica.weights]),
+                       Clock(), squares=SquaredGradients(1.), tokens=tokens)
+    for i in range(6): local_step(replica, state, *task.batch(torch.arange(4 * i, 4 * i + 4)))
+    return replica, state, [w.detach().clone() for w in replica.weights]
+
+
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_measuring_on_fewer_labels_trains_as_if_nothing_were_chosen():
+    plain, chosen = (trained_client(**f) for f in (
+        {}, dict(token_select='sensitivity', token_mode='fisher_only', token_share=.3)))
+    assert same(plain[2], chosen[2])
+    assert not same(plain[1].squares.value(), chosen[1].squares.value())
+
+
+def test_what_is_measured_is_the_gradient_of_the_chosen_labels():
+    """The last of six steps chooses. Its squares are those of a backward pass of our own, at the weights
+    before it, over the labels that the same stream of random numbers picks."""
+    from dataclasses import replace
+
+    from fedmpqkd.learn.importance import SquaredGradients
+    from fedmpqkd.learn.step import local_step
+    replica, state, _ = trained_client(token_select='random', token_mode='fisher_only', token_share=.3)
+    task, tokens = replica.task, state.tokens
+    x, y = task.batch(torch.arange(4))
+    tokens.steps, tokens.generator = 1, torch.Generator().manual_seed(5)
+    scores = torch.rand(y.shape, generator=torch.Generator().manual_seed(5))
+    fewer = trained_labels(y, scores, .3, tokens.stays)
+    assert 0 < int((fewer >= 0).sum()) < int((y >= 0).sum())
+    replica.model.train()
+    wanted = torch.autograd.grad(task.loss(replica.model(x).float(), fewer), replica.weights)
+    state = replace(state, squares=SquaredGradients(1.))
+    local_step(replica, state, x, y)
+    for mine, g in zip(state.squares.value(), wanted, strict=True):
+        assert torch.allclose(mine, g**2, atol=1e-12)
+
+
+def test_a_shorter_prompt_that_keeps_everything_is_no_other_training():
+    "Of n tokens that may go, ceil(.999 n) = n stay."
+    plain, whole, half = (trained_client(**f)[2] for f in (
+        {}, *(dict(token_select='random', token_mode='input_drop', token_share=s) for s in (.999, .3))))
+    for a, b in zip(plain, whole, strict=True): assert torch.allclose(a, b, atol=1e-5)
+    assert not same(plain, half) and all(torch.isfinite(w).all() for w in half)
+
+
+def test_what_stays_of_a_prompt_by_hand():
+    "Six tokens of a prompt, the last predicts the one answer; behind it padding. w = 2."
+    x = torch.tensor([[-5, -6, -7, -8, -9, 4, -3, -1]])  # ids 4 to 8, then 4 and its answer 2
+    table = TokenTable(10)
+    table.add(torch.tensor([[4, 5, 6, 7]]), torch.tensor([[1., 2., 3., 4.]]), torch.ones(1, 4).bool())
+    def kept(share, rule, tail=2):
+        return kept_tokens(x, share, rule, table, torch.Generator(), tail)[0].nonzero()[:, 0].tolist()
+    assert kept(.5, 'sensitivity') == [0, 2, 3, 4, 5, 6]  # of ids 5 and 6 the second; 7 and 8 are the tail
+    assert kept(.5, 'last') == [0, 2, 3, 4, 5, 6]
+    assert kept(.5, 'sensitivity', 0) == [0, 2, 3, 5, 6]  # two of four: ids 6 and 7
+    assert kept(1., 'random') == [0, 1, 2, 3, 4, 5, 6]  # never padding
+
+
+@pytest.mark.parametrize('fields, why', [
+    (dict(token_mode='fisher_only'), 'nothing else measures'),
+    (dict(token_mode='fisher_only', uplink='mixed', importance='magnitude'), 'nothing else measures'),
+    (dict(token_mode='input_drop', alpha=.5), 'a teacher'),
+    (dict(token_mode='inputs'), 'loss_mask, fisher_only, input_drop')])
+def test_choices_that_nothing_would_follow_from_are_refused(fields, why):
+    from fedmpqkd.core.config import RunConfig
+    with pytest.raises(ValueError, match=why):
+        RunConfig(tokenizer='bytes', token_select='random', **fields)
