@@ -58,7 +58,8 @@ AXES: dict[str, Axis] = {
     'model': Axis('Network', along('model', 'resnet20', 'mobilenetv2-imagenet', 'vit-tiny-4'), _FOUR,
                   dict(demo=along('model', 'cnn', 'resnet8'), smoke=along('model', 'resnet8', 'vit-tiny-4'),
                        paper=along('model', 'resnet20', 'mobilenetv2', 'vit-small-4'))),
-    'clients': Axis('Number of clients', along('clients', 10, 50, 100), _FOUR),
+    'clients': Axis('Number of clients', along('clients', 10, 50, 100), _FOUR,
+                    dict(study=along('clients', 10, 20, 50, 100))),
     'participation': Axis('Share of clients sampled each round', along('participation', 0.1, 0.5, 1.0),
                           _FOUR),
     'dropout': Axis('Share of the sampled clients that fail', along('dropout', 0.0, 0.2), _FOUR),
@@ -69,10 +70,12 @@ AXES: dict[str, Axis] = {
 
 # %% ../../nbs/study/16d_axes.ipynb #c37fa1b0
 _BUDGETS = dict(clients=10, bits=(2, 2, 4, 4, 4, 6, 6, 6, 8, 8))
+_QUANTISED = 'qat-uniform,fedmpq,fedmpq-kd,fedmpq-kd-batch,fedmpq-kd-delivered'
 
 AXES |= {
     'bits': Axis('Average bits a weight; one is ternary', along('bits', 1, 2, 4, 8),
-                 'qat-uniform,fedmpq,fedmpq-kd'),
+                 'qat-uniform,fedmpq,fedmpq-kd',
+                 dict(study={str(bits): dict(bits=bits, methods=_QUANTISED) for bits in (2, 4)})),
     'budgets': Axis('Equal budgets, or those of ten different devices',
                     dict(equal=dict(clients=10, bits=(5,)), heterogeneous=_BUDGETS),
                     'aqfl,fedmpq,qat-uniform-bytes,fedmpq-kd'),
