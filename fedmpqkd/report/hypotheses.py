@@ -81,10 +81,10 @@ def _growth_row(records: Sequence[Record], method: str = 'fedmpq-kd') -> dict[st
     for c, line in ((config_of(r), r['curve'][-1]) for r in records if r['config']['method'] == method):
         alike = settings.setdefault(replace(c, clients=1, seed=0), {})
         alike[c.clients] = float(line['bytes_down'] + line['bytes_up'])
-    sent = max(settings.values(), key=len, default={})
+    sent = dict(sorted(max(settings.values(), key=len, default={}).items()))
     row = dict.fromkeys(('difference', 'ci_low', 'ci_high', 'p', 'equivalence'), math.nan) | dict(
         letter='d', hypothesis='bytes grow like the logarithm of the clients', unit='', at_most=0.0, n=0,
-        scale=f'{len(sent)} numbers of clients')
+        scale=f'{len(sent)} numbers of clients' + (f', {min(sent)} to {max(sent)}' if sent else ''))
     if len(sent) < 4: return row
     best = growth(list(sent), list(sent.values()))['best']
     return row | dict(verdict='pass' if best == 'logarithmic' else f'fail ({best})')
@@ -96,12 +96,13 @@ COLUMNS = ['letter', 'hypothesis', 'scale', 'difference', 'unit', 'ci_low', 'ci_
 def hypotheses(
     main: tuple[str, Sequence[Record]],  # scale and records of Experiment 1
     others: Mapping[str, Sequence[Record]] | None = None,  # name of a condition -> its records, for (c)
+    sizes: Sequence[Record] = (),  # runs with other numbers of clients, for (d)
 ) -> pd.DataFrame:  # a row a hypothesis, and one a condition
     "What the records say about every hypothesis."
     rows = [_row(h, *main) for h in HYPOTHESES]
     for name, records in (others or {}).items():
         rows.append(_row(Hypothesis('c', f'the gain holds: {name}', gain, 'points'), name, records))
-    rows.append(_growth_row([r for some in (main[1], *(others or {}).values()) for r in some]))
+    rows.append(_growth_row([r for some in (main[1], sizes, *(others or {}).values()) for r in some]))
     family = [row for row in rows if math.isnan(row['at_most'])]
     for key in ('p', 'equivalence'):
         for row, p in zip(family, holm([row[key] for row in family]), strict=True):
@@ -117,6 +118,7 @@ def in_words(
     lines = []
     for r in found.itertuples():
         interval = f'{r.ci_low:.2f} to {r.ci_high:.2f}, ' if r.n > 1 else ''
-        size = f', {r.difference:+.2f} {r.unit} ({interval}n = {r.n}; {r.scale})' if r.n else ''
+        size = f', {r.difference:+.2f} {r.unit} ({interval}n = {r.n}; {r.scale})' if r.n else (
+            '' if r.verdict == 'not measured' else f' ({r.scale})')
         lines.append(f'- ({r.letter}) {r.hypothesis}: **{r.verdict}**{size}')
     return lines
