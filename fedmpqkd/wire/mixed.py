@@ -26,6 +26,7 @@ from fedmpqkd.quant.coordinates import (
     body_bytes,
     decoded,
     gaps_of,
+    per_tensor,
     plan,
     varint_bytes,
 )
@@ -159,7 +160,7 @@ def _places(tags: np.ndarray) -> tuple[np.ndarray, bytes, bool]:
 # %% ../../nbs/wire/08d_mixed.ipynb #3c22eedf
 def _read_places(
     reader: Reader, d: int, by_gaps: bool,
-) -> np.ndarray:  # uint8 [d]
+) -> tuple[np.ndarray, list[int]]:  # uint8 [d]; entries of the classes 1, 2 and 3
     "Undo `_places`, and refuse the longer way."
     start, dense = reader.at, -(-d // 4)
     if by_gaps:
@@ -176,7 +177,7 @@ def _read_places(
     counts = np.bincount(tags, minlength=4)[1:]
     shorter = reader.at - start < dense if by_gaps else _by_gaps(tags, counts) is None
     if not shorter: raise WireError('positions are not written the shorter way')
-    return tags
+    return tags, counts.tolist()
 
 # %% ../../nbs/wire/08d_mixed.ipynb #336107e7
 def pack_step(
@@ -217,8 +218,7 @@ class MixedCodec(Codec):  # long: packing and its inverse together
     def unpack(self, reader: Reader, shape: tuple[int, ...], bits: int) -> Mixed:
         within('bits', bits, BITS[3], BITS[3])
         d, flags = prod(shape), within('flags', reader.fields('B')[0], 0, 3)
-        tags, ternary = _read_places(reader, d, bool(flags & 1)), bool(flags & 2)
-        n2, n4, n16 = (int((tags == c).sum()) for c in (1, 2, 3))
+        (tags, (n2, n4, n16)), ternary = _read_places(reader, d, bool(flags & 1)), bool(flags & 2)
         if ternary and not n2: raise WireError('five entries in a byte, and there is none')
         steps = unpack_step(reader) if n2 else 0.0, unpack_step(reader) if n4 else 0.0
         levels = np.zeros(d, np.int8)
@@ -378,15 +378,14 @@ def _entries(
     ternary: bool,
 ) -> dict[str, Entry]:
     "A plan, cut into tensors."
-    entries: dict[str, Entry] = {}
-    tags, levels, end = torch.from_numpy(found.tags), torch.from_numpy(found.levels), 0
-    for i, (name, shape) in enumerate(shapes.items()):
-        start, end = end, end + prod(shape)
-        here, at = tags[start:end].reshape(shape), levels[start:end].reshape(shape)
-        occurs = [float(s) if (here == c).any() else 0.0 for c, s in enumerate(found.scales[:, i], 1)]
-        halves = value[start:end].reshape(shape)[here == 3].half()
-        entries[name] = Mixed(here, at, halves, (occurs[0], occurs[1]), ternary)
-    return entries
+    sizes = [prod(s) for s in shapes.values()]
+    counts = [per_tensor(np.add, found.tags == c, np.array(sizes), np.int64) for c in (1, 2, 3)]
+    tags, levels = torch.from_numpy(found.tags), torch.from_numpy(found.levels)
+    halves = value[tags == 3].half().split(counts[2].tolist())
+    steps = np.where(counts[:2], found.scales, 0).T.tolist()  # 0 where the class does not occur
+    rows = zip(shapes.items(), tags.split(sizes), levels.split(sizes), halves, steps, strict=True)
+    return {name: Mixed(here.reshape(shape), at.reshape(shape), half, (step[0], step[1]), ternary)
+            for (name, shape), here, at, half, step in rows}
 
 # %% ../../nbs/wire/08d_mixed.ipynb #e65c60e1
 class BudgetCompressor:  # long: a code's two directions

@@ -1,4 +1,5 @@
 "Bits for coordinates: against brute force, theory and counting by hand."
+from fractions import Fraction
 from itertools import product
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from fedmpqkd.quant.coordinates import (
     BITS,
     HEAD,
+    _falling,
     bf16,
     body_bytes,
     decoded,
@@ -44,8 +46,8 @@ def test_greedy_is_optimal_where_it_stops_on_the_hull(seed, d):
     delta, fisher = drawn(seed, [d])
     sizes = np.array([d])
     errors = errors_of(delta, sizes, scales_before(delta, sizes))
-    moves = hull_moves(errors, fisher, where=0)
     cost = errors * fisher
+    moves = hull_moves(cost, where=0)
     every = np.array(list(product(range(4), repeat=d)))  # [4^d, d]
     bits, loss = np.array(BITS)[every].sum(1), cost[every, np.arange(d)].sum(1)
     for taken in range(len(moves[0]) + 1):
@@ -64,7 +66,7 @@ def test_the_order_of_moves_is_that_of_gain_per_bit():
     errors = errors_of(delta, sizes, scales_before(delta, sizes))
     where, now, last = 8, np.zeros(300, int), np.inf
     price = np.array([0, *(b + where for b in BITS[1:])])
-    for j, c in zip(*hull_moves(errors, fisher, where), strict=True):
+    for j, c in zip(*hull_moves(errors * fisher, where), strict=True):
         assert c > now[j]
         slope = (errors[now[j], j] - errors[c, j]) * fisher[j] / (price[c] - price[now[j]])
         others = [(errors[now[j], j] - errors[k, j]) * fisher[j] / (price[k] - price[now[j]])
@@ -73,6 +75,55 @@ def test_the_order_of_moves_is_that_of_gain_per_bit():
         now[j], last = c, slope
     final = errors[now, np.arange(300)]
     assert (final <= errors.min(0) + 1e-12).all()  # in the end nothing is to be gained
+
+
+def plain_moves(cost, price):
+    "One at a time, in fractions: the steepest; of equal ones that of the first entry, to the least class."
+    now, moves = [0] * cost.shape[1], []
+    while True:
+        every = [(-Fraction(int(cost[a, j] - cost[c, j]), price[c] - price[a]), j, c)
+                 for j, a in enumerate(now) for c in range(a + 1, 4) if cost[c, j] < cost[a, j]]
+        if not every: return moves
+        _, j, c = min(every)
+        now[j] = c
+        moves.append((j, c))
+
+
+@quick
+@given(st.integers(0, 2**31), st.integers(0, 12), st.sampled_from([0, 8]), st.sampled_from([2, 5, 40]))
+def test_moves_with_ties_are_those_of_plain_greedy(seed, d, where, values):
+    "Few whole numbers as errors, classes 1 and 2: a bit's worth is exact and often the same."
+    rng = np.random.default_rng(seed)
+    cost = (2 + where) * (4 + where) * np.sort(rng.integers(0, values, (4, d)), 0)[::-1]
+    cost[3] = cost[0]  # not to be had
+    entry, target = hull_moves(cost.astype(np.float32), where)
+    expected = plain_moves(cost, [0, *(b + where for b in BITS[1:])])
+    assert list(zip(entry.tolist(), target.tolist(), strict=True)) == expected
+
+
+@quick
+@given(st.integers(0, 2**31), st.integers(0, 12), st.sampled_from([2, 5, 40]), st.integers(0, 60))
+def test_moves_are_taken_one_by_one_while_they_fit(seed, d, values, budget):
+    "Then eight more are looked at, one by one."
+    rng = np.random.default_rng(seed)
+    cost = 8 * np.sort(rng.integers(0, values, (4, d)), 0)[::-1]
+    moves, tags, over = hull_moves(cost.astype(np.float32), 0), np.zeros(d, np.uint8), 0
+    for j, c in zip(*moves, strict=True):
+        before = tags.copy()
+        tags[j] = max(tags[j], c)
+        over += over > 0 or value_bits(tags) > budget
+        if value_bits(tags) > budget or over > 8: tags = before
+    assert (spend(moves, d, budget, value_bits) == tags).all()
+
+
+@quick
+@given(st.integers(0, 2**31), st.integers(0, 3000), st.sampled_from([1, 6, 200, 10**6]))
+def test_the_order_by_halves_is_that_of_a_stable_sort(seed, n, values):
+    "Also of numbers that are equal, and of those with less than a full mantissa."
+    rng = np.random.default_rng(seed)
+    gain = (10.0 ** rng.uniform(-44, 38, values)).astype(np.float32)[rng.integers(0, values, n)]
+    gain = gain[gain > 0]
+    assert (_falling(gain) == np.argsort(-gain, kind='stable')).all()
 
 
 def naive_bytes(tags, sizes, ternary):

@@ -230,7 +230,8 @@ def test_low_rank_of_nothing():
         encode(Message(0, 0, 0, 1, {'w': wrong}), Manifest(('w',), ((3, 4),)))
 
 
-def test_an_adapter_of_460800_entries_is_quick():
+@pytest.mark.parametrize('share', [.02, .2])
+def test_an_adapter_of_460800_entries_is_quick(share):
     "LoRA of rank 8 on the queries and values of a model of 135 million weights; CPU time, the best of three."
     g, up = torch.Generator().manual_seed(0), {}
     for layer in range(30):
@@ -238,11 +239,11 @@ def test_an_adapter_of_460800_entries_is_quick():
             up[f'{layer}.{n}'] = 1e-3 * torch.randn(s, generator=g) * torch.rand(s, generator=g) ** 2
     fisher = {n: torch.rand(u.shape, generator=g) ** 4 for n, u in up.items()}
     assert sum(u.numel() for u in up.values()) == 460_800
-    manifest, compressor = Manifest.of(up), BudgetCompressor(BudgetCode('mixed', .02))
+    manifest, compressor = Manifest.of(up), BudgetCompressor(BudgetCode('mixed', share))
     seconds = []
     for _ in range(3):
         start = time.process_time()
         data = encode(Message(0, 0, 0, 1, compressor.compress(up, fisher, g, {})[0]), manifest)
         compressor.expand(decode(data, manifest).entries)
         seconds.append(time.process_time() - start)
-    assert min(seconds) < .6, seconds  # about .15 s of processor time; CI's machines are slower and shared
+    assert min(seconds) < .6, seconds  # about .1 s of processor time; CI's machines are slower and shared
