@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXP1', 'EXP2', 'EXP3', 'EXP5', 'EXP5_ARC', 'EXP7', 'EXPERIMENTS', 'CITED', 'Experiment', 'choose_device',
            'choose_preset', 'choose_precision', 'load_plugins', 'tuned_path', 'tuned_values', 'tuned_for', 'check_rows',
-           'whole_of_own', 'scale_folder', 'plan', 'Job', 'load_task', 'open_job', 'run_job', 'wait_for', 'run_sweep',
-           'match_bytes', 'Outcome', 'parse_fields', 'departure', 'run_experiment']
+           'whole_of_own', 'scale_folder', 'plan', 'Job', 'load_task', 'open_job', 'say_missing', 'run_job', 'wait_for',
+           'run_sweep', 'match_bytes', 'Outcome', 'parse_fields', 'departure', 'run_experiment']
 
 # %% ../../nbs/study/16b_experiments.ipynb #f07bda6d
 import hashlib
@@ -349,7 +349,8 @@ def open_job(job: Job) -> tuple[Any, Journal]:
     return data, journal
 
 @lru_cache
-def _say_missing(dataset: str) -> None:
+def say_missing(dataset: str) -> None:
+    "Say once that a data set is not here."
     print(f'{dataset} is not here: finished runs are taken from their records as they stand', flush=True)
 
 def _recorded(job: Job) -> Record | None:
@@ -358,7 +359,7 @@ def _recorded(job: Job) -> Record | None:
     for path in sorted(Path(job.results, job.group).glob(f'{c.method}_seed={c.seed}_*.json')):
         record = read_record(path)
         if record['id'] == run_id(c, record['data']['fingerprint']):
-            _say_missing(c.dataset)
+            say_missing(c.dataset)
             return cast(Record, record)
     return None
 

@@ -16,9 +16,10 @@ from typing import Any
 from ..core.config import as_list, as_typed
 from ..core.journal import Claimed, WorkingFolder, project_root, read_record, write_atomic
 from ..core.machine import commit, environment
+from ..data.images import DataMissing
 from ..data.text import TextData, load_text
 from ..federation.mkt import MktConfig, play_mkt
-from .experiments import choose_device, wait_for
+from .experiments import choose_device, say_missing, wait_for
 
 # %% ../../nbs/study/16i_mkt.ipynb #76fc145c
 # long: the settings in one place
@@ -102,8 +103,13 @@ def mkt_record(
     device: str,
 ) -> dict[str, Any]:
     "The record of a run, found or computed; raises `Claimed` while another process computes it."
-    text, name = _text(c.dataset, c.text_kind, data_dir), f'{c.method}_seed={c.seed}_{c.identity}'
+    name = f'{c.method}_seed={c.seed}_{c.identity}'
     path, work = folder / f'{name}.json', WorkingFolder(folder / '_work' / name)
+    try: text = _text(c.dataset, c.text_kind, data_dir)
+    except DataMissing:
+        if data_dir or not path.exists(): raise
+        say_missing(c.dataset)
+        return read_record(path)
 
     def found() -> dict[str, Any] | None:
         record = read_record(path) if path.exists() else None

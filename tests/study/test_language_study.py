@@ -7,6 +7,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from fedmpqkd.core.journal import project_root  # noqa: E402
+from fedmpqkd.data.images import DataMissing  # noqa: E402
 from fedmpqkd.report.language import language_table, pairs, stored_language, write_language  # noqa: E402
 from fedmpqkd.report.mkt import mkt_pairs, mkt_table, write_mkt  # noqa: E402
 from fedmpqkd.study import mkt as study  # noqa: E402
@@ -48,6 +49,19 @@ def test_smoke_of_fedmkt(tmp_path, monkeypatch):
     told, drawn = write_mkt(outcome)
     assert told == tmp_path / "runs" / "generated" / "exp6-smoke.md"
     assert "public labels alone" in told.read_text() and drawn.read_bytes()[:4] == b"%PDF"
+
+
+def test_finished_runs_of_fedmkt_are_read_without_their_texts(tmp_path, monkeypatch, capsys):
+    there = dict(methods="zero-shot", seeds="0", results_dir=str(tmp_path), device="cpu")
+    first = run_mkt("smoke", **there).records
+
+    def missing(*_): raise DataMissing("no texts")
+
+    monkeypatch.setattr(study, "_text", missing)
+    assert run_mkt("smoke", **there, test_every=2).records == first  # the same run
+    assert "almanac is not here" in capsys.readouterr().out
+    with pytest.raises(DataMissing): run_mkt("smoke", **there | dict(seeds="1"))  # to compute
+    with pytest.raises(DataMissing): run_mkt("smoke", **there, data_dir=str(tmp_path))  # named
 
 
 def test_only_a_whole_cited_setting_is_evidence():
