@@ -104,8 +104,8 @@ class Study:
     @property
     def label(self) -> str:
         "Its point; of an axis with one point only, the axis."
-        axis, _, point = self.name.rpartition('.')
-        return axis if point == 'base' else point
+        axis, _, point = self.name.partition('.')
+        return axis if point in ('', 'base') else point
 
 # %% ../../nbs/report/18a_facts.ipynb #49e2dc08
 # long: small functions that are read together
@@ -424,7 +424,9 @@ def axis_facts(axis: str, studies: Sequence[Study]) -> Facts:
     if not studies: return {}
     found = {f'{axis}.table': _points(studies), f'{axis}.tests': _point_tests(studies),
              f'{axis}.points': Fact(str(len(studies)), 'points that were run', ())}
-    for study in studies: found |= study_facts(study)
+    for study in studies:
+        point = Fact(study.label, f'{axis}, as it was run', study.files())
+        found |= study_facts(study) | {f'{study.name}.point': point}
     return found
 
 # %% ../../nbs/report/18a_facts.ipynb #87574d6b
