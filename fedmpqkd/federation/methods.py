@@ -67,6 +67,7 @@ RECIPES |= {
     'fedmpq': dict(**_FEDMPQ, alpha=0.0),
     'fedmpq-plain': dict(**_FEDMPQ, **_PLAIN, alpha=0.0),
     'fedmpq-int-sr': dict(update='int-sr', assignment='prune-grow', alpha=0.0),
+    'fedmpq-latent': dict(update='latent', assignment='prune-grow', alpha=0.0),
     'fedmpq-official': dict(
         update='official', assignment='prune-grow', alpha=0.0, compat='official', aggregate='uniform',
         overshoot=True, prune_lsb=True, lambda_b=0.001, act_bits=4),
@@ -87,6 +88,7 @@ RECIPES |= {
     'qat-uniform-kd': dict(**_QAT, teacher='fp'),
     'fedmpq-kd': _KD,
     'fedmpq-kd-high': dict(**_KD, alpha=1.0),
+    'fedmpq-kd-latent': _KD | dict(update='latent'),
     **{f'fedmpq-kd-{teacher}': _KD | dict(teacher=teacher) for teacher in ('delivered', 'q8', 'ema')},
     **{f'fedmpq-kd-{loss}': dict(**_KD, kd_loss=loss) for loss in ('reverse', 'js', 'dkd', 'dist', 'mse')},
     'fedmpq-kd-co': dict(**_KD, teacher_frozen=False),

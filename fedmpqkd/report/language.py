@@ -78,7 +78,8 @@ def metric_of(records: Sequence[Record]) -> str:
     return 'bits_per_byte' if 'bits_per_byte' in records[0]['curve'][-1] else 'accuracy'
 
 # %% ../../nbs/report/17i_language.ipynb #b1c25312
-TAUGHT = (('fedmpq-kd', 'fedmpq'), ('fedmpq-kd-delivered', 'fedmpq'), ('qat-uniform-kd', 'qat-uniform'))
+TAUGHT = (('fedmpq-kd', 'fedmpq'), ('fedmpq-kd-delivered', 'fedmpq'), ('qat-uniform-kd', 'qat-uniform'),
+          ('fedmpq-kd-latent', 'fedmpq-latent'))
 
 
 def taught(

@@ -110,7 +110,7 @@ EXP3 = Experiment(
 
 # %% ../../nbs/study/16b_experiments.ipynb #9f531f69
 _TEXT_ROWS = 'fedavg,qat-uniform,fedmpq,fedmpq-kd,fedmpq-kd-delivered'
-_TEXT_STUDENTS = 'fedavg,qat-uniform,qat-uniform-kd,fedmpq,fedmpq-kd'
+_TEXT_STUDENTS = 'fedavg,qat-uniform,qat-uniform-kd,fedmpq-latent,fedmpq-kd-latent'
 _TEXT_SMOKE = dict(dataset='almanac', model='gpt-tiny', tokenizer='byte-bpe:300', train_images=0,
                    test_images=0, clients=2, rounds=3, batch_size=4, eval_images=0, seeds='0',
                    precision='fp32', methods=_TEXT_ROWS, lora_rank=0)
@@ -122,7 +122,8 @@ EXP5 = Experiment(
          lambda_b=0.01, alpha=0.5, temperature=2.0, rounds=30, eval_images=0, kd_warmup_rounds=1),
     dict(smoke=_TEXT_SMOKE,
          study=dict(model='gpt-mini', tokenizer='bytes', clients=4, train_images=500, test_images=100,
-                    rounds=20, precision='fp32', methods=_TEXT_STUDENTS, seeds='0,1,2'),
+                    optimizer='adamw', lr=0.003, rounds=12, precision='fp32', methods=_TEXT_STUDENTS,
+                    seeds='0,1,2'),
          paper=dict(methods=_TEXT_ROWS, seeds='0,1,2,3,4')))
 
 EXP5_ARC = Experiment(
