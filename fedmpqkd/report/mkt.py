@@ -61,7 +61,7 @@ def mkt_reading(records: Sequence[Mapping[str, Any]]) -> str:
     for b, words in _AGAINST.items():
         rows = [row for who in _WHO for row in mkt_pairs(records, 'fedmkt', [b], who).to_dict('records')]
         sizes = [f'{_WHO[r["who"]]} {r["difference"]:+.2f} points ({r["ci_low"]:.2f} to {r["ci_high"]:.2f}, '
-                 f'n = {r["n"]}; {r["verdict"]})' for r in rows]
+                 f'n = {r["n"]}; {r["verdict"].partition(" (")[0]})' for r in rows]
         if rows: said.append(f'FedMKT minus {words}: {", ".join(sizes)}.')
     return ' '.join(said)
 
