@@ -248,7 +248,8 @@ def _images(record: Record) -> str:
     data = record['data']
     coarse = f' ({data["classes"]} coarse classes)' if data['name'].endswith('-coarse') else ''
     size = f' of {"x".join(map(str, data["image"]))}' if 'image' in data else ''
-    return f'{data["name"]}{coarse}, {data["train"]:,} training and {data["test"]:,} test images{size}'
+    what = 'texts' if record['config'].get('tokenizer') else 'images'
+    return f'{data["name"]}{coarse}, {data["train"]:,} training and {data["test"]:,} test {what}{size}'
 
 def _percent(share: float) -> str:
     "'40 %'."

@@ -7,7 +7,8 @@ __all__ = ['Facts', 'NUMBER', 'CONDITIONS', 'CONSTANTS', 'COLUMNS', 'VERSUS', 'M
            'load_study', 'load_small', 'load_axis', 'load_axes', 'by_plan', 'setting_facts', 'method_facts',
            'work_facts', 'compared', 'verdict_text', 'pair_facts', 'table_fact', 'aligned', 'table_facts',
            'study_facts', 'axis_facts', 'count', 'verdict_facts', 'finding', 'criteria_facts', 'hypothesis_facts',
-           'early_facts', 'claim_facts', 'published_facts', 'audit_facts', 'deviation_facts', 'all_facts']
+           'language_facts', 'early_facts', 'claim_facts', 'published_facts', 'audit_facts', 'deviation_facts',
+           'all_facts']
 
 # %% ../../nbs/report/18a_facts.ipynb #e631875c
 import json
@@ -41,6 +42,7 @@ from fedmpqkd.report.evidence import (
     to_markdown,
 )
 from .hypotheses import hypotheses
+from .language import language_table, stored_language, taught
 from .readings import in_settings, planned, pre_declared
 from ..study.axes import axis_points
 from ..study.experiments import CITED, EXPERIMENTS, plan, tuned_values
@@ -530,6 +532,36 @@ def hypothesis_facts(
         parts |= {f'{r.hypothesis}, {key}': Fact(text, how, files) for key, text in numbers.items()}
     return {'hypotheses.table': Fact('\n'.join(rows), how, files, parts)}
 
+# %% ../../nbs/report/18a_facts.ipynb #e840a2fa
+# long: two tables and their words
+_BITS = 'bits per byte'
+
+
+def language_facts(
+    results: Path,  # results folder
+) -> Facts:  # empty where nothing has been run
+    "Experiment 5: students of few bits that learn text, with a teacher and without."
+    records = stored_language('exp5', CITED['exp5'], results)
+    if not records: return {}
+    first, *others = (Study('language', f"exp5/{CITED['exp5']}", tuple(some)) for some in records.values())
+    both = replace(first, records=(*first.records, *(r for s in others for r in s.records)))
+    shown, tests = language_table(records), taught(records)
+    spread = [f'{m:.3f} ± {s:.3f}' for m, s in zip(shown[_BITS], shown[f'{_BITS} std'], strict=True)]
+    table = pd.DataFrame({'Method': shown.method, 'Bits a weight': shown.bits, 'n': shown.n, _BITS: spread,
+                          'MB up': (shown['kB up'] / 1e3).map('{:.2f}'.format),
+                          'MB down': (shown['kB down'] / 1e3).map('{:.2f}'.format)})
+    sizes = tests.difference.map('{:+.3f}'.format)
+    between = [f'{a:.3f} to {b:.3f}' for a, b in zip(tests.ci_low, tests.ci_high, strict=True)]
+    pairs = pd.DataFrame({'Comparison': tests.a + ' - ' + tests.b, 'Bits a weight': tests.bits, 'n': tests.n,
+                          _BITS: sizes, '95 % interval': between, 'Verdict': tests.verdict})
+    how = 'mean of the last three rounds, over seeds'
+    found = {key: table_fact(aligned(to_markdown(each), 2), how, lambda row: both.files(*row.split(' - ')), 2)
+             for key, each in (('table', table), ('tests', pairs))} | setting_facts(first)
+    for row, size, interval in zip(tests.itertuples(), sizes, between, strict=True):
+        said = f'{size} {_BITS} ({interval}, n = {row.n}; {row.verdict.partition(" (")[0]})'
+        found[f'{row.a}-vs-{row.b}.{row.bits}.brief'] = Fact(said, 'paired by seed', both.files(row.a, row.b))
+    return {f'language.{key}': fact for key, fact in found.items()}
+
 # %% ../../nbs/report/18a_facts.ipynb #a5afa821
 def early_facts(
     results: Path,  # results folder
@@ -676,6 +708,7 @@ def all_facts(
     asked = [s for axis, found in axes.items() if axis not in CONSTANTS for s in found]
     points = list({s.same(): s for s in asked}.values())
     found = claim_facts() | published_facts() | audit_facts() | deviation_facts(root) | early_facts(results)
+    found |= language_facts(results)
     for study in named: found |= study_facts(study)
     for axis, studies in axes.items(): found |= axis_facts(axis, studies)
     for study in (*named, *(s for studies in axes.values() for s in studies)):

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..core.journal import project_root, write_atomic
 from ..core.record import Record
-from ..evaluate.statistics import paired_by_seed
+from ..evaluate.statistics import holm, paired_by_seed
 from .evidence import figure_pdf, to_markdown
 from ..study.experiments import Outcome
 from ..study.records import check_comparable, load_records
@@ -69,7 +69,7 @@ def pairs(
                        for r in some if r['config']['method'] == m} for m in (a, b))
         if found := paired_by_seed(one, other):
             rows.append({'bits': bits, 'metric': METRICS[metric], 'a': a, 'b': b} | found)
-    keep = ('bits', 'metric', 'a', 'b', 'n', 'difference', 'ci_low', 'ci_high', 'sign_flip_p', 'verdict')
+    keep = ('bits', 'metric', 'a', 'b', 'n', 'difference', 'ci_low', 'ci_high', 'p', 'verdict')
     return pd.DataFrame(rows, columns=keep)
 
 # %% ../../nbs/report/17i_language.ipynb #35fdb871
@@ -84,11 +84,19 @@ TAUGHT = (('fedmpq-kd', 'fedmpq'), ('fedmpq-kd-delivered', 'fedmpq'), ('qat-unif
 
 def taught(
     records: Mapping[str, Sequence[Record]],  # by bits
-) -> pd.DataFrame:  # one row a student and number of bits
+) -> pd.DataFrame:  # one row a student and number of bits; p after Holm's correction
     "With distillation, minus the same without."
     metric = metric_of(next(iter(records.values())))
-    found = [pairs(records, a, b, metric) for a, b in TAUGHT]
-    return pd.concat([f for f in found if len(f)] or found[:1], ignore_index=True)
+    parts = [part for a, b in TAUGHT if len(part := pairs(records, a, b, metric))]
+    found = pd.concat(parts, ignore_index=True) if parts else pairs({}, '', '', metric)
+    found['p'] = holm(found.p.tolist())
+
+    def who(row: Any) -> str:
+        if row.n < 5: return f'undecided (n={row.n}, fewer than 5 pairs)'
+        if not row.p < 0.05: return 'undecided'
+        return f'{row.a if (row.difference < 0) == (metric == "bits_per_byte") else row.b} better'
+
+    return found.assign(verdict=[who(row) for row in found.itertuples()])
 
 # %% ../../nbs/report/17i_language.ipynb #645b8ee8
 def plot_language(
