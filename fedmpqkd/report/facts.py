@@ -6,9 +6,9 @@
 __all__ = ['Facts', 'NUMBER', 'CONDITIONS', 'CONSTANTS', 'COLUMNS', 'VERSUS', 'MANUSCRIPT', 'Fact', 'numbers', 'behind', 'Study',
            'load_study', 'load_small', 'load_axis', 'load_axes', 'by_plan', 'setting_facts', 'method_facts',
            'work_facts', 'compared', 'verdict_text', 'pair_facts', 'table_fact', 'aligned', 'table_facts',
-           'study_facts', 'axis_facts', 'count', 'verdict_facts', 'finding', 'criteria_facts', 'hypothesis_facts',
-           'language_facts', 'early_facts', 'claim_facts', 'published_facts', 'audit_facts', 'deviation_facts',
-           'all_facts']
+           'study_facts', 'axis_facts', 'growth_facts', 'count', 'verdict_facts', 'finding', 'criteria_facts',
+           'hypothesis_facts', 'language_facts', 'early_facts', 'claim_facts', 'published_facts', 'audit_facts',
+           'deviation_facts', 'all_facts']
 
 # %% ../../nbs/report/18a_facts.ipynb #e631875c
 import json
@@ -43,7 +43,7 @@ from fedmpqkd.report.evidence import (
 )
 from .hypotheses import hypotheses
 from .language import language_table, stored_language, taught
-from .readings import in_settings, planned, pre_declared
+from .readings import growth, in_settings, planned, pre_declared
 from ..study.axes import axis_points
 from ..study.experiments import CITED, EXPERIMENTS, plan, tuned_values
 from ..study.records import config_of, load_records, load_stopped
@@ -431,6 +431,19 @@ def axis_facts(axis: str, studies: Sequence[Study]) -> Facts:
         found |= study_facts(study) | {f'{study.name}.point': point}
     return found
 
+# %% ../../nbs/report/18a_facts.ipynb #27d5a94a
+def growth_facts(
+    studies: Sequence[Study],  # points that differ in the number of clients
+    method: str = 'fedmpq-kd',
+) -> Facts:  # empty with fewer than four numbers of clients
+    "How what a round sends grows with the clients, as a sentence."
+    own = [r for s in studies for r in s.records if r['config']['method'] == method]
+    runs = {int(r['config']['clients']): r for r in own}
+    if len(runs) < 4: return {}
+    sent = [float(r['curve'][-1]['bytes_down'] + r['curve'][-1]['bytes_up']) for r in runs.values()]
+    files = tuple(f for s in studies for f in s.files(method))
+    return {'clients.growth': Fact(growth(list(runs), sent)['verdict'], 'bytes of the last round', files)}
+
 # %% ../../nbs/report/18a_facts.ipynb #87574d6b
 _WORDS = ('none', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven',
           'twelve')
@@ -708,7 +721,7 @@ def all_facts(
     asked = [s for axis, found in axes.items() if axis not in CONSTANTS for s in found]
     points = list({s.same(): s for s in asked}.values())
     found = claim_facts() | published_facts() | audit_facts() | deviation_facts(root) | early_facts(results)
-    found |= language_facts(results)
+    found |= language_facts(results) | growth_facts(axes['clients'])
     for study in named: found |= study_facts(study)
     for axis, studies in axes.items(): found |= axis_facts(axis, studies)
     for study in (*named, *(s for studies in axes.values() for s in studies)):

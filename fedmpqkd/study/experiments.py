@@ -123,7 +123,7 @@ EXP5 = Experiment(
     dict(smoke=_TEXT_SMOKE,
          study=dict(model='gpt-mini', tokenizer='bytes', clients=4, train_images=500, test_images=100,
                     optimizer='adamw', lr=0.003, rounds=12, precision='fp32', methods=_TEXT_STUDENTS,
-                    seeds='0,1,2'),
+                    seeds='0,1,2,3,4'),
          paper=dict(methods=_TEXT_ROWS, seeds='0,1,2,3,4')))
 
 EXP5_ARC = Experiment(
