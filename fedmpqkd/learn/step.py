@@ -159,7 +159,7 @@ def measured_gradients(
     loss = replica.task.loss(logits, chosen.measured)
     return torch.autograd.grad(loss, replica.weights, retain_graph=True, materialize_grads=True)
 
-
+# %% ../../nbs/learn/09c_step.ipynb #2624a16f
 def local_step(
     replica: Replica,  # student
     train_state: TrainState,  # teacher, rule, optimiser

@@ -105,9 +105,10 @@ class Study:
 
     @property
     def label(self) -> str:
-        "Its point; of an axis with one point only, the axis."
+        "Its point, with the axis where that is a number; of an axis with one point only, the axis."
         axis, _, point = self.name.partition('.')
-        return axis if point in ('', 'base') else point
+        if point in ('', 'base'): return axis
+        return f'{axis} {point}' if point[0].isdigit() else point
 
 # %% ../../nbs/report/18a_facts.ipynb #49e2dc08
 # long: small functions that are read together
@@ -427,7 +428,7 @@ def axis_facts(axis: str, studies: Sequence[Study]) -> Facts:
     found = {f'{axis}.table': _points(studies), f'{axis}.tests': _point_tests(studies),
              f'{axis}.points': Fact(str(len(studies)), 'points that were run', ())}
     for study in studies:
-        point = Fact(study.label, f'{axis}, as it was run', study.files())
+        point = Fact(study.name.partition('.')[2], f'{axis}, as it was run', study.files())
         found |= study_facts(study) | {f'{study.name}.point': point}
     return found
 
@@ -532,7 +533,7 @@ def hypothesis_facts(
     alone = {own: s for s in both if (own := s.same('fedmpq', 'fedmpq-kd')) != shared}  # groups share runs
     conditions = {s.group if s.name.startswith('exp') else f'{s.group} {s.name}': s.records
                   for s in alone.values()}
-    found = hypotheses((main.group, main.records), conditions)
+    found = hypotheses((main.group, main.records), conditions, [r for s in others for r in s.records])
     files = tuple(dict.fromkeys(f for s in (main, *both) for f in s.files('fedmpq', 'fedmpq-kd')))
     how = 'paired by seed, Holm over all rows'
     rows = ['| | Hypothesis | Difference | 95 % interval | n | Verdict |', '|---|---|--:|--:|--:|---|']

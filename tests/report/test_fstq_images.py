@@ -15,7 +15,8 @@ SHARE = axis_points("coding", "study")["kd-bytes"]["update_share"]
 
 def runs(method: str) -> dict[int, dict]:
     found = [json.loads(p.read_text()) for p in FOLDER.glob(f"{method}_seed=[0-4]_*.json")]
-    usual = [r for r in found if r["config"]["alpha"] in (0, 0.5) and r["config"]["temperature"] == 2]
+    usual = [r for r in found if r["config"]["alpha"] in (0, 0.5) and r["config"]["temperature"] == 2
+             and r["config"]["clients"] == 10 and r["config"]["bits"] == [4]]
     return {r["config"]["seed"]: r for r in usual if r["config"]["uplink"] == "model"
             or r["config"]["update_share"] == SHARE}
 
