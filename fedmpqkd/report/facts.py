@@ -107,8 +107,7 @@ class Study:
     def label(self) -> str:
         "Its point, with the axis where that is a number; of an axis with one point only, the axis."
         axis, _, point = self.name.partition('.')
-        if point in ('', 'base'): return axis
-        return f'{axis} {point}' if point[0].isdigit() else point
+        return axis if point in ('', 'base') else f'{axis} {point}' if point[0].isdigit() else point
 
 # %% ../../nbs/report/18a_facts.ipynb #49e2dc08
 # long: small functions that are read together
