@@ -41,7 +41,7 @@ from fedmpqkd.report.evidence import (
     table,
     to_markdown,
 )
-from .hypotheses import hypotheses
+from .hypotheses import hypotheses, sent_by_clients
 from .language import language_table, stored_language, taught
 from .readings import growth, in_settings, planned, pre_declared
 from ..study.axes import axis_points
@@ -437,12 +437,10 @@ def growth_facts(
     method: str = 'fedmpq-kd',
 ) -> Facts:  # empty with fewer than four numbers of clients
     "How what a round sends grows with the clients, as a sentence."
-    own = [r for s in studies for r in s.records if r['config']['method'] == method]
-    runs = {int(r['config']['clients']): r for r in own}
-    if len(runs) < 4: return {}
-    sent = [float(r['curve'][-1]['bytes_down'] + r['curve'][-1]['bytes_up']) for r in runs.values()]
-    files = tuple(f for s in studies for f in s.files(method))
-    return {'clients.growth': Fact(growth(list(runs), sent)['verdict'], 'bytes of the last round', files)}
+    sent = sent_by_clients([r for s in studies for r in s.records], method)
+    if len(sent) < 4: return {}
+    said, files = growth(list(sent), list(sent.values())), tuple(f for s in studies for f in s.files(method))
+    return {'clients.growth': Fact(said['verdict'], 'bytes of the last round', files)}
 
 # %% ../../nbs/report/18a_facts.ipynb #87574d6b
 _WORDS = ('none', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven',
@@ -718,7 +716,8 @@ def all_facts(
     named = [s for s in (load_study(results, n) for n in ('exp1', 'exp2')) if s.records]
     named += load_small(results)
     axes = load_axes(results)
-    asked = [s for axis, found in axes.items() if axis not in CONSTANTS for s in found]
+    asked, tried = ([s for axis, studies in axes.items() if (axis in CONSTANTS) == own for s in studies]
+                    for own in (False, True))
     points = list({s.same(): s for s in asked}.values())
     found = claim_facts() | published_facts() | audit_facts() | deviation_facts(root) | early_facts(results)
     found |= language_facts(results) | growth_facts(axes['clients'])
@@ -732,5 +731,6 @@ def all_facts(
     files = tuple(f for s in named for f in s.files())
     found['claims.unmeasured'] = Fact(_unmeasured(named), 'claims without a measurement', files)
     if everything := [*named, *points]:
-        found |= verdict_facts(everything) | criteria_facts(everything) | hypothesis_facts(everything)
+        found |= criteria_facts(everything) | hypothesis_facts(everything)
+        found |= verdict_facts([*everything, *tried])
     return found

@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from ..core.journal import project_root, write_atomic
-from .facts import Fact, Facts, all_facts, behind, load_axes, load_study
+from .facts import Fact, Facts, all_facts, behind, load_axes, load_small, load_study
 from .figures import figure_files
 from .latex import to_content
 from .rules import Fault, lint, lost_citations
@@ -141,7 +141,7 @@ def generated(
     shown = {name: latex[name] for name in SECTIONS}
     files['generated/sections.json'] = (json.dumps(shown, indent=2, ensure_ascii=False) + '\n').encode()
     named = [s for s in (load_study(root / 'results', n) for n in ('exp1', 'exp2')) if s.records]
-    points = [s for found in load_axes(root / 'results').values() for s in found]
+    points = load_small(root / 'results') + [s for some in load_axes(root / 'results').values() for s in some]
     return files | {f'images/{name}': data for name, data in figure_files(named, points).items()}
 
 def write(
