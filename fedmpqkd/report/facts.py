@@ -730,7 +730,6 @@ def all_facts(
         if more.records: found |= {f'{more.name}.{key}': fact for key, fact in pair_facts(more).items()}
     files = tuple(f for s in named for f in s.files())
     found['claims.unmeasured'] = Fact(_unmeasured(named), 'claims without a measurement', files)
-    if everything := [*named, *points]:
-        found |= criteria_facts(everything) | hypothesis_facts(everything)
-        found |= verdict_facts([*everything, *tried])
+    if every := [*named, *points]:
+        found |= criteria_facts(every) | hypothesis_facts(every) | verdict_facts([*every, *tried])
     return found
