@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAR', 'evaluate_round', 'mean_of_budgets', 'validate', 'best_validation', 'personal_quality', 'plain_batches',
-           'fresh_statistics', 'Protocol']
+           'running_norms', 'fresh_statistics', 'Protocol']
 
 # %% ../../nbs/federation/12b_evaluation.ipynb #b0b6c9e3
 import dataclasses
@@ -135,6 +135,11 @@ def plain_batches(
         if len(index) > 1: yield task.plain(index)
 
 # %% ../../nbs/federation/12b_evaluation.ipynb #74557135
+def running_norms(model: torch.nn.Module) -> list[Any]:
+    "The layers that keep running means and variances."
+    return [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+
+
 @torch.no_grad()
 def fresh_statistics(
     replica: Replica,  # a worker's networks; its student is overwritten
@@ -144,7 +149,7 @@ def fresh_statistics(
 ) -> dict[str, Tensor]:  # the same weights, other running means and variances
     "A model with newly estimated normalisation statistics."
     replica.load(state)
-    norms = [m for m in replica.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    norms = running_norms(replica.model)
     usual = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()

@@ -39,6 +39,7 @@ from fedmpqkd.models.language import (
     load_coder,
     marked,
     reembedded,
+    side_by_side,
     small_gpt,
     trained_coder,
 )
@@ -239,14 +240,20 @@ def counted_rows(
     batch: TokenBatch,
     part: Tensor,  # int64 [b]: which texts
 ) -> tuple[Tensor, Tensor]:  # [P, V]: logits where a prediction counts; int64 [P]: labels
-    "A forward pass on some texts; the host counts, so that a GPU need not wait."
-    labels = batch.labels[part]
+    "A forward pass on some texts, text by text; the host counts, so that a GPU need not wait."
+    labels, lengths = batch.labels[part], batch.lengths[part]
     counts = labels != IGNORED
-    x = marked(batch.ids[part], labels)[:, :int(batch.lengths[part].max())]
-    logits = party.model(x.to(party.device)).float()  # [b, L, V]
-    sizes = counts.sum(-1)
-    real = torch.arange(int(sizes.max())) < sizes[:, None]  # [b, L]
-    at = real.flatten().nonzero().flatten().to(party.device)
+    x = marked(batch.ids[part], labels)[:, :int(lengths.max())]
+    where: tuple[Tensor, ...] = ()
+    owner = torch.arange(len(part))[:, None].expand_as(x)
+    if getattr(party.model, 'branches', False):
+        x, positions, owner = side_by_side(x, lengths)
+        if len(x) < len(part): where = (positions.to(party.device),)
+    logits = party.model(x.to(party.device), *where).float()  # [R, L, V]
+    sizes = (x >= 0).sum(-1)
+    real = torch.arange(int(sizes.max())) < sizes[:, None]  # [R, L]
+    text = torch.argsort(owner[x >= 0], stable=True)  # the rows' order is not the texts'
+    at = real.flatten().nonzero().flatten()[text].to(party.device)
     return logits.flatten(0, 1)[at], labels[counts].to(party.device)
 
 # %% ../../nbs/federation/12h_mkt.ipynb #fcd2d53a

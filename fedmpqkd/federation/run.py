@@ -34,6 +34,7 @@ from fedmpqkd.federation.evaluation import (
     fresh_statistics,
     mean_of_budgets,
     personal_quality,
+    running_norms,
     validate,
 )
 from .exchange import LOGITS_AND_MODEL, LOGITS_ONLY, SERVER_DISTILL
@@ -223,9 +224,9 @@ def final_model(federation: Run) -> dict[str, Any]:
 # %% ../../nbs/federation/12f_run.ipynb #9f2386d6
 def recalibrated(
     run: Run,  # after its last round
-) -> dict[str, float]:  # percent; empty where the server has no model of its own
+) -> dict[str, float]:  # percent; empty where the server has no model of its own, or that has no statistics
     "Accuracy with freshly estimated normalisation statistics, each client with its own budget's model."
-    if not protocol_of(run.config).has_model: return {}
+    if not protocol_of(run.config).has_model or not running_norms(run.pool.replica.model): return {}
     everything = torch.arange(len(run.pool.task.test_targets))
 
     def score(state: dict[str, Tensor]) -> float:

@@ -239,13 +239,13 @@ def load_language(
 def portions(
     longest: Tensor,  # int64 [M]: positions that are needed of each text
     counts: Tensor,  # int64 [M]: those that count
-    large: bool,  # four times as many tokens, for a GPU, but no more than 4,096 rows of logits
+    large: bool,  # 16,384 tokens, for a GPU, but no more than 4,096 rows of logits; else 512
 ) -> Iterator[tuple[Tensor, int]]:  # int64 [m]: texts of similar length; positions of the longest
     "Texts in portions; those in which nothing counts are left out."
     order = [n for n in torch.argsort(longest, stable=True).tolist() if counts[n]]
     while order:
         width = int(longest[order[-1]])
-        take = max(1, (16384 if large else 4096) // width)
+        take = max(1, (16384 if large else 512) // width)
         if large: take = min(take, max(1, 4096 // int(counts[order[-take:]].max())))
         yield torch.tensor(order[-take:]), width
         order = order[:-take]
