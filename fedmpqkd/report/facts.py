@@ -7,8 +7,8 @@ __all__ = ['Facts', 'NUMBER', 'CONDITIONS', 'CONSTANTS', 'COLUMNS', 'VERSUS', 'M
            'load_study', 'load_small', 'load_axis', 'load_axes', 'by_plan', 'setting_facts', 'method_facts',
            'work_facts', 'compared', 'verdict_text', 'pair_facts', 'table_fact', 'aligned', 'table_facts',
            'study_facts', 'axis_facts', 'growth_facts', 'count', 'verdict_facts', 'finding', 'criteria_facts',
-           'hypothesis_facts', 'language_facts', 'early_facts', 'claim_facts', 'published_facts', 'audit_facts',
-           'deviation_facts', 'all_facts']
+           'hypothesis_facts', 'language_facts', 'mkt_facts', 'fstq_facts', 'early_facts', 'claim_facts',
+           'published_facts', 'audit_facts', 'deviation_facts', 'all_facts']
 
 # %% ../../nbs/report/18a_facts.ipynb #e631875c
 import json
@@ -41,11 +41,14 @@ from fedmpqkd.report.evidence import (
     table,
     to_markdown,
 )
+from .fstq import fstq_pairs, fstq_table, image_pairs
 from .hypotheses import hypotheses, sent_by_clients
 from .language import language_table, stored_language, taught
+from .mkt import AGAINST, mkt_pairs, mkt_table
 from .readings import growth, in_settings, planned, pre_declared
 from ..study.axes import axis_points
 from ..study.experiments import CITED, EXPERIMENTS, plan, tuned_values
+from ..study.mkt import CITED_MKT, stored_mkt
 from ..study.records import config_of, load_records, load_stopped
 
 # %% ../../nbs/report/18a_facts.ipynb #0b168e4b
@@ -573,6 +576,75 @@ def language_facts(
         found[f'{row.a}-vs-{row.b}.{row.bits}.brief'] = Fact(said, 'paired by seed', both.files(row.a, row.b))
     return {f'language.{key}': fact for key, fact in found.items()}
 
+# %% ../../nbs/report/18a_facts.ipynb #ee2829f7
+# long: two tables and their words
+def _brief(row: Mapping[str, Any], unit: str, places: int) -> str:
+    "A difference with its interval."
+    size, between = (f'{row["difference"]:+.{places}f}',
+                     f'{row["ci_low"]:.{places}f} to {row["ci_high"]:.{places}f}')
+    if row['n'] < 2: return f'{size} {unit} (n = 1)'
+    return f'{size} {unit} ({between}, n = {row["n"]}; {row["verdict"].partition(" (")[0]})'
+
+
+def mkt_facts(
+    results: Path,  # results folder
+    preset: str = 'study-a',
+) -> Facts:  # empty where nothing has been run
+    "Experiment 6: large and small models that teach each other by logits."
+    records: Sequence[Any] = stored_mkt(preset, results).records
+    if not records: return {}
+    study = Study(f"mkt.{preset.removeprefix('study-')}", f'exp6/{preset}/pieces', tuple(records))
+    found = {key: Fact(_value(value), _SAME, study.files()) for key, value in records[0]['config'].items()
+             if key in ('public', 'private', 'rounds', 'weight', 'top_k')}
+    found |= {key: Fact(text, _SAME, study.files()) for key, text in dict(
+        clients=count(len(records[0]['summary']['clients'])), test=f'{records[0]["test"]:,}',
+        server=records[0]['config']['server'].removesuffix('/own')).items()}
+    shown = mkt_table(records)
+    spread = {who: [f'{m:.2f} ± {s:.2f}' if n > 1 else f'{m:.2f}' for m, s, n in zip(
+        shown[f'{key} %'], shown[f'{key} % std'], shown.n, strict=True)]
+        for who, key in (('Server %', 'server'), ('Clients %', 'clients'))}
+    table = pd.DataFrame({'Method': shown.method, 'n': shown.n} | spread | {
+        f'kB {way}': shown[f'kB {way}'].map('{:,.0f}'.format) for way in ('up', 'down')})
+    found['table'] = table_fact(aligned(to_markdown(table)), 'mean over seeds', study.files)
+    for who in ('mean_client', 'server'):
+        for row in mkt_pairs(records, others=[*AGAINST], who=who).to_dict('records'):
+            files = study.files('fedmkt', row['b'])
+            found[f"{row['b']}.{who}"] = Fact(_brief(row, 'points', 2), 'paired by seed', files)
+    return {f'{study.name}.{key}': fact for key, fact in found.items()}
+
+
+def fstq_facts(
+    results: Path,  # results folder
+) -> Facts:  # empty where nothing has been run
+    "Experiment 7: which entries of an update are worth their bytes."
+    records = load_records(results, 'exp7', CITED['exp7'])
+    pairs = fstq_pairs(records) if records else pd.DataFrame()
+    if not len(pairs): return {}
+    study = Study('fstq', f"exp7/{CITED['exp7']}", tuple(records))
+    means = {(r['optimiser'], r['budget %'], r['method']): r for r in fstq_table(records).to_dict('records')}
+    found = {key: Fact(_value(value), _SAME, study.files()) for key, value in records[0]['config'].items()
+             if key in ('model', 'rounds', 'clients', 'lora_rank')}
+    rows = []
+    for row in pairs.to_dict('records'):
+        at = row['optimiser'], row['budget %']
+        one, other = (means[*at, row[k]] for k in 'ab')
+        rows.append({'Optimiser': at[0], 'Bytes, % of fp32': f'{at[1]:g}', 'kB a message': f'{one["kB"]:.1f}',
+                     'n': row['n'], 'Fisher': f'{one["nats per byte"]:.3f}',
+                     'Magnitude': f'{other["nats per byte"]:.3f}', 'Difference': f'{row["difference"]:+.3f}',
+                     '95 % interval': f'{row["ci_low"]:.3f} to {row["ci_high"]:.3f}',
+                     'Holm': f'{row["p"]:.2g}'})
+        brief = _brief(row, 'nats a byte', 3)
+        found[f'{at[0]}.{at[1]:g}.brief'] = Fact(brief, 'paired by seed', study.files(row['a'], row['b']))
+    both = aligned(to_markdown(pd.DataFrame(rows)), 2)
+    found['table'] = table_fact(both, 'nats a byte of the answers, mean over seeds',
+                                lambda _: study.files('fedavg-fstq', 'fedavg-magnitude'), 2)
+    for images in (by_plan(s)[0] for s in load_axis(results, 'coding', CITED['exp1'])):
+        for row in image_pairs(images.records).to_dict('records') if images.records else ():
+            if row['model'] == 'as deployed':
+                found[f"images.{row['a']}-vs-{row['b']}"] = Fact(
+                    _brief(row, 'points', 2), 'paired by seed', images.files(row['a'], row['b']))
+    return {f'fstq.{key}': fact for key, fact in found.items()}
+
 # %% ../../nbs/report/18a_facts.ipynb #a5afa821
 def early_facts(
     results: Path,  # results folder
@@ -720,7 +792,8 @@ def all_facts(
                     for own in (False, True))
     points = list({s.same(): s for s in asked}.values())
     found = claim_facts() | published_facts() | audit_facts() | deviation_facts(root) | early_facts(results)
-    found |= language_facts(results) | growth_facts(axes['clients'])
+    found |= language_facts(results) | growth_facts(axes['clients']) | fstq_facts(results)
+    for preset in CITED_MKT: found |= mkt_facts(results, preset)
     for study in named: found |= study_facts(study)
     for axis, studies in axes.items(): found |= axis_facts(axis, studies)
     for study in (*named, *(s for studies in axes.values() for s in studies)):

@@ -226,3 +226,38 @@ def test_without_the_extra_everything_imports_and_one_line_names_it():
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True)
     said = "transformers is needed here: pip install 'fedmpqkd[lm]'"
     assert done.stdout.strip() == said, done.stderr[-2000:]
+
+
+def test_half_precision_attends_to_the_same_tokens(tmp_path):
+    "In bf16 the products are masked by addition: a mask of truth values would add 1 to what is to be seen."
+    from fedmpqkd.models.language import (
+        can_branch,
+        counted_logits,
+        load_causal,
+        marked,
+        side_by_side,
+    )
+
+    small_gpt("gpt-mini", 300).save_pretrained(tmp_path)
+    half, whole = load_causal(str(tmp_path), bf16=True), load_causal(str(tmp_path))
+    assert can_branch(half) and can_branch(whole)
+    ids, sizes = torch.randint(300, (5, 12)), torch.tensor([12, 3, 7, 5, 4])
+    x = marked(ids, torch.where(torch.arange(12) < sizes[:, None] - 1, 0, -100))
+    rows, positions, owner = side_by_side(x, sizes)
+    assert len(rows) == 3 and sorted(owner[owner >= 0].bincount().tolist()) == sorted(sizes.tolist())
+    for n in range(5):
+        alone = counted_logits(whole, x[n:n + 1, :sizes[n]])[0, :sizes[n] - 1]
+        for model, error in ((whole, 1e-5), (half, 0.05)):
+            assert counted_logits(model, x[n:n + 1])[0, :sizes[n] - 1].float().sub(alone).abs().max() < error
+            row = int((owner == n).any(1).long().argmax())
+            logits = counted_logits(model, rows[row:row + 1], positions=positions[row:row + 1])[0]
+            mine = logits[(owner[row] == n)[rows[row] >= 0].nonzero()[:, 0]]
+            assert mine.float().sub(alone).abs().max() < error
+
+
+def test_nothing_is_recalibrated_where_there_are_no_statistics(monkeypatch):
+    from fedmpqkd.federation import run as runs
+
+    monkeypatch.setattr(runs, "fresh_statistics", lambda *_: pytest.fail("a pass over the data for nothing"))
+    c = make_config("fedavg", **FIELDS, text_kind="class")
+    assert "accuracy_recalibrated" not in run(c, load_language(c), workers=1)["summary"]
