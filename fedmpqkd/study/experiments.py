@@ -133,7 +133,7 @@ EXP5_ARC = Experiment(
          lambda_b=0.01, alpha=0.5, temperature=2.0, rounds=5, eval_images=400, kd_warmup_rounds=1),
     dict(smoke=_TEXT_SMOKE | dict(lora_rank=2),
          study=dict(clients=2, train_images=160, test_images=200, rounds=2, precision='bf16',
-                    methods='fedavg,fedmpq,fedmpq-kd', seeds='0,1,2'),
+                    optimizer='adamw', lr=0.001, methods=_TEXT_STUDENTS, seeds='0,1,2'),
          paper=dict(methods=_TEXT_ROWS, seeds='0,1,2,3,4')))
 
 # %% ../../nbs/study/16b_experiments.ipynb #34c76c85
