@@ -261,3 +261,16 @@ def test_nothing_is_recalibrated_where_there_are_no_statistics(monkeypatch):
     monkeypatch.setattr(runs, "fresh_statistics", lambda *_: pytest.fail("a pass over the data for nothing"))
     c = make_config("fedavg", **FIELDS, text_kind="class")
     assert "accuracy_recalibrated" not in run(c, load_language(c), workers=1)["summary"]
+
+
+def test_long_texts_keep_the_fused_attention():
+    from fedmpqkd.models.language import hidden_states
+
+    model = small_gpt("gpt-tiny", 300).to(torch.bfloat16)
+    usual = model.config._attn_implementation
+    with torch.no_grad():
+        for length, wanted in ((512, "eager"), (513, usual), (8, "eager")):
+            hidden_states(model, torch.zeros(1, length, dtype=torch.int64))
+            assert model.config._attn_implementation == wanted
+        hidden_states(model.float(), torch.zeros(1, 8, dtype=torch.int64))
+    assert model.config._attn_implementation == usual != "eager"
