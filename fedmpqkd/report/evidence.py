@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIALS', 'Records', 'COSTS', 'PAIRS', 'MARGIN', 'ordinary', 'Runs', 'gather', 'gather_tried', 'runs_frame', 'table',
            'escape', 'to_markdown', 'to_latex', 'latex_panels', 'robustness_table', 'plot_curves', 'plot_both',
-           'figure_pdf', 'curves_pdf', 'verdict', 'pairs_of', 'comparisons', 'at_round', 'extra_time']
+           'figure_pdf', 'curves_pdf', 'verdict', 'better', 'pairs_of', 'comparisons', 'at_round', 'extra_time']
 
 # %% ../../nbs/report/17_evidence.ipynb #38e74720
 import io
@@ -353,6 +353,14 @@ def verdict(
     if found['n'] < 5: return 'undecided'
     if found['p_holm'] < 0.05: return f'{a if found["difference"] > 0 else b} higher'
     return 'equivalent' if found.get('equivalence_holm', 1) < 0.05 else 'undecided'
+
+def better(
+    row: Any,  # with a, b, n, difference and p after Holm's correction
+    fewer: bool,  # are smaller numbers better?
+) -> str:
+    "Who is better, where at least five pairs and the adjusted p say so."
+    if row.n < 5: return f'undecided (n={row.n}, fewer than 5 pairs)'
+    return f'{row.a if (row.difference < 0) == fewer else row.b} better' if row.p < 0.05 else 'undecided'
 
 def _paired(a: pd.Series, b: pd.Series) -> dict[str, Any]:
     "The test over the seeds that two methods share; NaN where they share none."

@@ -44,7 +44,7 @@ from fedmpqkd.report.evidence import (
 from .fstq import fstq_pairs, fstq_table, image_pairs
 from .hypotheses import hypotheses, sent_by_clients
 from .language import language_table, stored_language, taught
-from .mkt import AGAINST, mkt_pairs, mkt_table
+from .mkt import mkt_pairs, mkt_table
 from .readings import growth, in_settings, planned, pre_declared
 from ..study.axes import axis_points
 from ..study.experiments import CITED, EXPERIMENTS, plan, tuned_values
@@ -606,10 +606,9 @@ def mkt_facts(
     table = pd.DataFrame({'Method': shown.method, 'n': shown.n} | spread | {
         f'kB {way}': shown[f'kB {way}'].map('{:,.0f}'.format) for way in ('up', 'down')})
     found['table'] = table_fact(aligned(to_markdown(table)), 'mean over seeds', study.files)
-    for who in ('mean_client', 'server'):
-        for row in mkt_pairs(records, others=[*AGAINST], who=who).to_dict('records'):
-            files = study.files('fedmkt', row['b'])
-            found[f"{row['b']}.{who}"] = Fact(_brief(row, 'points', 2), 'paired by seed', files)
+    for row in mkt_pairs(records).to_dict('records'):
+        files = study.files('fedmkt', row['b'])
+        found[f"{row['b']}.{row['who']}"] = Fact(_brief(row, 'points', 2), 'paired by seed', files)
     return {f'{study.name}.{key}': fact for key, fact in found.items()}
 
 

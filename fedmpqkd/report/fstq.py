@@ -20,7 +20,7 @@ from ..core.record import Record
 from ..evaluate.network import Link, spent_until
 from ..evaluate.statistics import holm, paired_by_seed
 from .claims import fstq_ledger
-from .evidence import figure_pdf, gather, to_markdown, verdict
+from .evidence import better, figure_pdf, gather, to_markdown, verdict
 from ..study.experiments import Outcome
 from ..study.fstq import BUDGETS, qsgd_bits
 from ..study.matched import message_bytes
@@ -87,7 +87,8 @@ def fstq_pairs(
             rows.append({'optimiser': optimizer, 'budget %': 100 * budget, 'a': a, 'b': b} | test)
     keep = ['optimiser', 'budget %', 'a', 'b', 'n', 'difference', 'ci_low', 'ci_high', 'p', 'verdict']
     found = pd.DataFrame(rows, columns=keep)
-    return found.assign(p=holm(found.p.tolist()))
+    found['p'] = holm(found.p.tolist())
+    return found.assign(verdict=[better(row, fewer=True) for row in found.itertuples()])
 
 # %% ../../nbs/report/17h_fstq.ipynb #1d715a4e
 def token_pairs(

@@ -17,7 +17,7 @@ import pandas as pd
 from ..core.journal import project_root, write_atomic
 from ..core.record import Record
 from ..evaluate.statistics import holm, paired_by_seed
-from .evidence import figure_pdf, to_markdown
+from .evidence import better, figure_pdf, to_markdown
 from ..study.experiments import Outcome
 from ..study.records import check_comparable, load_records
 
@@ -90,13 +90,8 @@ def taught(
     parts = [part for a, b in TAUGHT if len(part := pairs(records, a, b, metric))]
     found = pd.concat(parts, ignore_index=True) if parts else pairs({}, '', '', metric)
     found['p'] = holm(found.p.tolist())
-
-    def who(row: Any) -> str:
-        if row.n < 5: return f'undecided (n={row.n}, fewer than 5 pairs)'
-        if not row.p < 0.05: return 'undecided'
-        return f'{row.a if (row.difference < 0) == (metric == "bits_per_byte") else row.b} better'
-
-    return found.assign(verdict=[who(row) for row in found.itertuples()])
+    fewer = metric == 'bits_per_byte'
+    return found.assign(verdict=[better(row, fewer) for row in found.itertuples()])
 
 # %% ../../nbs/report/17i_language.ipynb #645b8ee8
 def plot_language(

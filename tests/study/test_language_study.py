@@ -43,7 +43,7 @@ def test_smoke_of_fedmkt(tmp_path, monkeypatch):
     records = outcome.records
     table = mkt_table(records).set_index("method")
     assert table.loc["public-ce", "kB up"] == 0 < table.loc["fedmkt", "kB up"]
-    assert mkt_pairs(records).n.tolist() == [2]
+    assert mkt_pairs(records).n.tolist() == [2, 2]  # clients, server
     assert not stored_mkt("smoke", tmp_path).records  # one round is another run than two
     monkeypatch.setattr(study, "project_root", lambda: tmp_path)
     told, drawn = write_mkt(outcome)
