@@ -72,7 +72,7 @@ def hub(name: str = 'transformers') -> Any:
     if name == 'transformers': module.utils.logging.disable_progress_bar()
     return module
 
-
+# %% ../../nbs/models/04a_language.ipynb #ad029ee5
 def added_mask(
     sees: Tensor,  # bool: which tokens attend to which
     dtype: torch.dtype,
@@ -92,7 +92,7 @@ def choose_attention(
     wanted = 'eager' if short else usual
     if causal.config._attn_implementation != wanted: causal.set_attn_implementation(wanted)
 
-
+# %% ../../nbs/models/04a_language.ipynb #95ab58a0
 def hidden_states(
     causal: Any,  # of `transformers`
     ids: Tensor,  # int64 [N, T]

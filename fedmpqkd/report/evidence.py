@@ -354,14 +354,6 @@ def verdict(
     if found['p_holm'] < 0.05: return f'{a if found["difference"] > 0 else b} higher'
     return 'equivalent' if found.get('equivalence_holm', 1) < 0.05 else 'undecided'
 
-def better(
-    row: Any,  # with a, b, n, difference and p after Holm's correction
-    fewer: bool,  # are smaller numbers better?
-) -> str:
-    "Who is better, where at least five pairs and the adjusted p say so."
-    if row.n < 5: return f'undecided (n={row.n}, fewer than 5 pairs)'
-    return f'{row.a if (row.difference < 0) == fewer else row.b} better' if row.p < 0.05 else 'undecided'
-
 def _paired(a: pd.Series, b: pd.Series) -> dict[str, Any]:
     "The test over the seeds that two methods share; NaN where they share none."
     seeds = sorted(set(a.index) & set(b.index))
@@ -376,6 +368,15 @@ def _paired(a: pd.Series, b: pd.Series) -> dict[str, Any]:
         spread = float((x - y).std(ddof=1))
         found |= dict(equivalence_p=equivalence_test(x, y, MARGIN), detectable=detectable(spread, len(seeds)))
     return dict(seeds=', '.join(map(str, seeds))) | found
+
+# %% ../../nbs/report/17_evidence.ipynb #d128ea4d
+def better(
+    row: Any,  # with a, b, n, difference and p after Holm's correction
+    fewer: bool,  # are smaller numbers better?
+) -> str:
+    "Who is better, where at least five pairs and the adjusted p say so."
+    if row.n < 5: return f'undecided (n={row.n}, fewer than 5 pairs)'
+    return f'{row.a if (row.difference < 0) == fewer else row.b} better' if row.p < 0.05 else 'undecided'
 
 # %% ../../nbs/report/17_evidence.ipynb #48a2fd47
 def _distance(one: Record, other: Record) -> int:

@@ -611,7 +611,8 @@ def mkt_facts(
         found[f"{row['b']}.{row['who']}"] = Fact(_brief(row, 'points', 2), 'paired by seed', files)
     return {f'{study.name}.{key}': fact for key, fact in found.items()}
 
-
+# %% ../../nbs/report/18a_facts.ipynb #414d231d
+# long: a table and its words
 def fstq_facts(
     results: Path,  # results folder
 ) -> Facts:  # empty where nothing has been run
@@ -779,6 +780,7 @@ def deviation_facts(
     return found
 
 # %% ../../nbs/report/18a_facts.ipynb #7d832878
+# long: one collection
 def all_facts(
     root: Path,  # the repository
 ) -> Facts:
