@@ -164,7 +164,8 @@ def without_idle(
     config: RunConfig,  # a run
 ) -> RunConfig:  # the same run: equal messages, one identity
     "Idle fields at their defaults."
-    return dataclasses.replace(config, **{f: getattr(RunConfig(), f) for f in idle_fields(config)})
+    usual = RunConfig()
+    return dataclasses.replace(config, **{f: getattr(usual, f) for f in idle_fields(config)})
 
 # %% ../../nbs/federation/11_methods.ipynb #8069591c
 WEIGHTS = ('alpha', 'lambda_b')  # of terms that a method may not have: what a recipe pins stays

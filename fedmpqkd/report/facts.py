@@ -145,8 +145,8 @@ def load_axis(
         own = {k: v for k, v in values.items() if k != 'methods'}
         seeds = sorted({r['config']['seed'] for r in found})
         wanted = plan(experiment, preset, values['methods'], seeds, tuned, **own) if seeds else []
-        ours = [r for r in found if replace(config_of(r), precision='fp32') in
-                {replace(c, precision='fp32') for c in wanted}]
+        asked = {replace(c, precision='fp32') for c in wanted}
+        ours = [r for r in found if replace(config_of(r), precision='fp32') in asked]
         if ours: studies.append(Study(f'{axis}.{label}', f'exp3/{preset}', tuple(ours)))
     return studies
 
