@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPTS', 'WHEELS', 'marked', 'unmarked', 'counted', 'trimmed_lengths', 'hub', 'added_mask', 'choose_attention',
-           'hidden_states', 'has_plain_head', 'branches', 'side_by_side', 'can_branch', 'counted_logits',
+           'passed', 'hidden_states', 'has_plain_head', 'branches', 'side_by_side', 'can_branch', 'counted_logits',
            'LanguageModel', 'small_gpt', 'TextCoder', 'trained_coder', 'find_packed', 'unpacked', 'gpt2_coder',
            'place_of', 'load_causal', 'load_coder', 'layers_of', 'shortened', 'spelled', 'reembedded']
 
@@ -93,6 +93,17 @@ def choose_attention(
     if causal.config._attn_implementation != wanted: causal.set_attn_implementation(wanted)
 
 # %% ../../nbs/models/04a_language.ipynb #95ab58a0
+def passed(
+    module: Any,  # the model, or its trunk
+    causal: Any,  # the model
+    ids: Tensor, positions: Tensor | None, sees: Tensor | None,  # as for `hidden_states`
+) -> Any:  # what `transformers` returns
+    "A forward pass."
+    choose_attention(causal, ids.shape[-1])
+    mask = None if sees is None else added_mask(sees, causal.dtype)
+    return module(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+
+# %% ../../nbs/models/04a_language.ipynb #1f312d27
 def hidden_states(
     causal: Any,  # of `transformers`
     ids: Tensor,  # int64 [N, T]
@@ -100,11 +111,8 @@ def hidden_states(
     sees: Tensor | None = None,  # bool [N, 1, T, T]: which tokens attend to which; None: to all before
 ) -> Tensor:  # [N, T, H]
     "What the head is applied to."
-    choose_attention(causal, ids.shape[-1])
     trunk = getattr(causal, causal.base_model_prefix)
-    mask = None if sees is None else added_mask(sees, causal.dtype)
-    found = trunk(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    states: Tensor = found.last_hidden_state
+    states: Tensor = passed(trunk, causal, ids, positions, sees).last_hidden_state
     return states
 
 
@@ -187,9 +195,7 @@ def counted_logits(
         states = hidden_states(causal, ids, where, sees)
         logits = causal.get_output_embeddings()(states.gather(1, at.expand(-1, -1, states.shape[-1])))
     else:
-        choose_attention(causal, ids.shape[-1])
-        mask = None if sees is None else added_mask(sees, causal.dtype)
-        logits = causal(input_ids=ids, attention_mask=mask, position_ids=where, use_cache=False).logits
+        logits = passed(causal, causal, ids, where, sees).logits
         logits = logits.gather(1, at.expand(-1, -1, logits.shape[-1]))
     found: Tensor = logits.unflatten(0, tuple(x.shape[:-1]))
     return found
