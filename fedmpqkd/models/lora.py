@@ -23,12 +23,14 @@ from ..core.streams import torch_rng
 from fedmpqkd.models.language import (
     GPTS,
     LanguageModel,
+    WideLinear,
     can_branch,
     counted_logits,
     has_plain_head,
     hub,
     load_causal,
     small_gpt,
+    widen,
 )
 from .vision import seeded
 
@@ -132,6 +134,7 @@ def adapted(
             raise ValueError(f'lora_targets={targets!r}: {str(why).splitlines()[0]}') from why
     for name, module in travelling(held):
         if train == 'B' and name.endswith('lora_A'): module.requires_grad_(False)
+    if any(isinstance(m, WideLinear) for m in causal.modules()): widen(held)
     return AdapterModel(held)
 
 # %% ../../nbs/models/04b_lora.ipynb #7c7a17b1

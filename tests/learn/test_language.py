@@ -264,9 +264,11 @@ def test_nothing_is_recalibrated_where_there_are_no_statistics(monkeypatch):
     assert "accuracy_recalibrated" not in run(c, load_language(c), workers=1)["summary"]
 
 
-def test_long_texts_keep_the_fused_attention():
+def test_long_texts_keep_the_fused_attention(monkeypatch):
+    from fedmpqkd.models import language
     from fedmpqkd.models.language import hidden_states
 
+    monkeypatch.setattr(language, "has_bf16", lambda: True)
     model = small_gpt("gpt-tiny", 300).to(torch.bfloat16)
     usual = model.config._attn_implementation
     with torch.no_grad():
@@ -275,3 +277,38 @@ def test_long_texts_keep_the_fused_attention():
             assert model.config._attn_implementation == wanted
         hidden_states(model.float(), torch.zeros(1, 8, dtype=torch.int64))
     assert model.config._attn_implementation == usual != "eager"
+
+
+def test_processors_without_bf16_multiply_in_fp32_and_round(monkeypatch):
+    from fedmpqkd.models import language
+    from fedmpqkd.models.language import hidden_states, widen
+
+    monkeypatch.setattr(language, "has_bf16", lambda: False)
+    exact = small_gpt("gpt-tiny", 300).to(torch.bfloat16).float()  # the same weights in both
+    usual, wide = (copy.deepcopy(exact).to(torch.bfloat16) for _ in range(2))
+    usual.set_attn_implementation("eager")
+    ids = torch.randint(0, 300, (4, 33), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for model in (exact, usual, widen(wide)):
+        plain = model is usual
+        states = model.model(input_ids=ids).last_hidden_state if plain else hidden_states(model, ids)
+        states[..., 0].float().mean().backward()
+        gradient = model.model.layers[0].self_attn.q_proj.weight.grad.float()
+        gradients.append((states.detach().float(), gradient))
+    assert wide.config._attn_implementation == "wide"
+    for truth, theirs, ours in zip(*gradients, strict=True):
+        error, usual_error = ((found - truth).norm() / truth.norm() for found in (ours, theirs))
+        assert 0 < error < 1.5 * usual_error < 0.1  # rounded, and not more often than usual
+
+
+def test_wide_products_round_once_under_autocast():
+    from fedmpqkd.models.language import WideLinear
+
+    layer = WideLinear(3, 1)
+    with torch.no_grad():
+        layer.weight[:], layer.bias[:] = torch.tensor([256.0, 1.0, 1.0]), 0
+    x = torch.ones(1, 3)
+    assert layer(x).item() == 258
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert found.dtype == torch.bfloat16 and found.item() == 258  # 256 + 1 rounded first would stay 256
