@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from fedmpqkd.data.images import load_dataset, pad_images
+from fedmpqkd.data.images import DataMissing, load_dataset, pad_images
 from fedmpqkd.models.vision import build_model
 from fedmpqkd.study.lowbit_study import EXP4, pieces_of, run_study
 from fedmpqkd.study.students import (
@@ -47,6 +47,26 @@ def test_the_notebook_from_the_command_line(tmp_path: Path):
     work = tmp_path / 'r/exp4/smoke/pieces/_work'
     assert not work.exists() or not list(work.iterdir())
     assert (ROOT / 'runs/generated/exp4_smoke.md').exists()
+
+
+def test_a_whole_study_is_read_without_its_data(tmp_path: Path, monkeypatch, capsys):
+    from fedmpqkd.study import lowbit_study
+
+    given = TINY | dict(seeds='0', device='cpu', augments='none,erasing', others='cnn', kept='1',
+                        teacher_epochs=2, losses='ce', score_images=100, rank_images=80)
+    whole = run_study('smoke', results_dir=str(tmp_path), **given)
+
+    def missing(*_):
+        raise DataMissing('digits: nowhere')
+
+    monkeypatch.setattr(lowbit_study, 'load_task', missing)
+    capsys.readouterr()
+    again = run_study('smoke', results_dir=str(tmp_path), **given)
+    assert 'finished runs are taken from their records' in capsys.readouterr().out
+    assert again == whole and again.others and again.alone
+    score = next(tmp_path.rglob('score_none_*.json'))
+    score.unlink()
+    with pytest.raises(DataMissing): run_study('smoke', results_dir=str(tmp_path), **given)
 
 
 def test_a_study_that_was_stopped_goes_on_and_computes_nothing_twice(tmp_path: Path):
