@@ -42,7 +42,7 @@ from fedmpqkd.report.evidence import (
     to_markdown,
 )
 from .fstq import fstq_pairs, fstq_table, image_pairs
-from .hypotheses import hypotheses, sent_by_clients
+from .hypotheses import hypotheses, sent_by_clients, timed_rounds
 from .language import language_table, stored_language, taught
 from .mkt import mkt_pairs, mkt_table
 from .readings import growth, in_settings, planned, pre_declared
@@ -525,6 +525,7 @@ def criteria_facts(studies: Sequence[Study]) -> Facts:
 # %% ../../nbs/report/18a_facts.ipynb #36b2d553
 def hypothesis_facts(
     studies: Sequence[Study],  # the first is Experiment 1
+    results: Path,  # folder of the benchmark
 ) -> Facts:
     "What the sources expect, and what came out."
     main, *others = studies
@@ -533,8 +534,10 @@ def hypothesis_facts(
     alone = {own: s for s in both if (own := s.same('fedmpq', 'fedmpq-kd')) != shared}  # groups share runs
     conditions = {s.group if s.name.startswith('exp') else f'{s.group} {s.name}': s.records
                   for s in alone.values()}
-    found = hypotheses((main.group, main.records), conditions, [r for s in others for r in s.records])
+    sizes, timed = [r for s in others for r in s.records], timed_rounds(results)
+    found = hypotheses((main.group, main.records), conditions, sizes, timed)
     files = tuple(dict.fromkeys(f for s in (main, *both) for f in s.files('fedmpq', 'fedmpq-kd')))
+    if timed: files = *files, 'bench/time.json'
     how = 'paired by seed, Holm over all rows'
     rows = ['| | Hypothesis | Difference | 95 % interval | n | Verdict |', '|---|---|--:|--:|--:|---|']
     parts: dict[str, Fact] = {}
@@ -805,5 +808,5 @@ def all_facts(
     files = tuple(f for s in named for f in s.files())
     found['claims.unmeasured'] = Fact(_unmeasured(named), 'claims without a measurement', files)
     if every := [*named, *points]:
-        found |= criteria_facts(every) | hypothesis_facts(every) | verdict_facts([*every, *tried])
+        found |= criteria_facts(every) | hypothesis_facts(every, results) | verdict_facts([*every, *tried])
     return found

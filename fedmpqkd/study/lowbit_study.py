@@ -295,6 +295,21 @@ def pieces_of(
     alone = [dataclasses.replace(s, **ALONE[name]) for name in losses for s in plain]
     return Pieces(teacher, tuple(others), kept, *some, tuple(scores), tuple(students), tuple(alone))
 
+# %% ../../nbs/study/16g_lowbit_study.ipynb #d3eea92e
+PASSES = {'one pass': 1, 'two passes': 2}  # of the students' own teacher, over the data
+
+
+def _few(pieces: Pieces, passes: int = 0) -> list[ScoreRecipe]:  # 0: as many as the scores have
+    "Scores that rank augmentations, without their errors."
+    more: dict[str, Any] = dict(passes=passes) if passes else {}
+    return [dataclasses.replace(r, repeats=0, spread_epochs=0, **more) for r in pieces.scores]
+
+
+def _called(recipe: StudentRecipe) -> str:
+    "A student's name in a line of progress."
+    term = '' if recipe.gamma and recipe.alpha else ', labels alone' if recipe.gamma else ', teacher alone'
+    return f'W{recipe.weight_bits}A{recipe.act_bits} {recipe.augment} seed {recipe.seed}{term}'
+
 # %% ../../nbs/study/16g_lowbit_study.ipynb #31f34467
 @dataclass
 class Study:
@@ -316,15 +331,6 @@ class Study:
         return self.root / ('paper' if self.declared else 'runs') / 'generated'
 
 
-PASSES = {'one pass': 1, 'two passes': 2}  # of the students' own teacher, over the data
-
-
-def _few(pieces: Pieces, passes: int = 0) -> list[ScoreRecipe]:  # 0: as many as the scores have
-    "Scores that rank augmentations, without their errors."
-    more: dict[str, Any] = dict(passes=passes) if passes else {}
-    return [dataclasses.replace(r, repeats=0, spread_epochs=0, **more) for r in pieces.scores]
-
-
 def _other_teachers(folder: Path, pieces: Pieces, first: Teacher, data: Dataset) -> dict[str, Teacher]:
     "Earlier epochs, and other architectures."
     found = {}
@@ -332,12 +338,6 @@ def _other_teachers(folder: Path, pieces: Pieces, first: Teacher, data: Dataset)
         found[f'epoch {epoch}'] = earlier(folder, first, epoch, data)
     for recipe in pieces.others: found[recipe.model] = made_teacher(folder, recipe, data)
     return found
-
-# %% ../../nbs/study/16g_lowbit_study.ipynb #5cf13b88
-def _called(recipe: StudentRecipe) -> str:
-    "A student's name in a line of progress."
-    term = '' if recipe.gamma and recipe.alpha else ', labels alone' if recipe.gamma else ', teacher alone'
-    return f'W{recipe.weight_bits}A{recipe.act_bits} {recipe.augment} seed {recipe.seed}{term}'
 
 # %% ../../nbs/study/16g_lowbit_study.ipynb #636b4017
 # long: every piece of a study

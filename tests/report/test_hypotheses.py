@@ -1,4 +1,5 @@
 "The hypotheses of the sources: verdicts that can be checked by hand."
+import json
 import math
 
 import pytest
@@ -49,12 +50,26 @@ def test_a_condition_is_a_row_of_c_and_the_family_grows_with_it():
     assert more.p_holm[0] > alone.p_holm and math.isnan(more.p_holm[2]), "limits have no p"
 
 
-def test_each_number_of_the_table_has_records_behind_it():
+def test_each_number_of_the_table_has_records_behind_it(tmp_path):
     study = Study("exp1", "exp1/study", tuple(BASE + runs("fedmpq-kd", [52.0, 53.5, 54, 55, 56])))
-    fact = hypothesis_facts([study])["hypotheses.table"]
+    fact = hypothesis_facts([study], tmp_path)["hypotheses.table"]
     shown = {n for row in fact.text.splitlines()[2:4] for cell in row.split("|")[3:5] for n in numbers(cell)}
     behind = {n for part in fact.parts.values() for n in numbers(part.text)}
     assert shown and shown <= behind and len(fact.records) == 10
+
+
+def test_time_is_that_of_the_benchmark_where_there_is_one(tmp_path):
+    "Medians 6 and 5 s in four repeats, 6.6 and 5 in the fifth; those of the runs are left."
+    rounds = {"fedmpq": [[9, 5, 5]] * 5, "fedmpq-kd": [[9, 6, 6]] * 4 + [[6.6, 6.6, 9]]}
+    timed = [dict(workload="w2", entry=m, repeat=i, seconds_per_round=s)
+             for m, some in rounds.items() for i, s in enumerate(some)]
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "time.json").write_text(json.dumps(timed))
+    study = Study("exp1", "exp1/study", tuple(BASE + runs("fedmpq-kd", [52.0, 53.5, 54, 55, 56])))
+    fact = hypothesis_facts([study], tmp_path)["hypotheses.table"]
+    line = next(row for row in fact.text.splitlines() if "more time" in row)
+    assert "+22.40 %" in line and "| 5 | fail |" in line  # (4 * 20 + 32) / 5
+    assert "bench/time.json" in fact.records
 
 
 def test_words_have_verdict_difference_interval_n_and_scale():
