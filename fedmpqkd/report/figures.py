@@ -11,8 +11,10 @@ from typing import Any
 
 import pandas as pd
 
+from ..core.record import Record
 from .evidence import figure_pdf
 from .facts import Study, compared
+from .fstq import fstq_curves, plot_fstq
 
 # %% ../../nbs/report/18d_figures.ipynb #788ed340
 def curve_data(
@@ -94,6 +96,7 @@ def _curve_pdf(data: pd.DataFrame, x: str) -> bytes:
 def figure_files(
     named: Sequence[Study],  # experiments with curves
     points: Sequence[Study],  # of axes
+    coded: Sequence[Record] = (),  # of Experiment 7
 ) -> dict[str, bytes]:  # file name -> content
     "Every figure of the paper, each as PDF and as CSV."
     files: dict[str, bytes] = {}
@@ -107,4 +110,7 @@ def figure_files(
         size = (4.6, 0.6 + 0.16 * len(rows))
         files['differences.pdf'] = figure_pdf(lambda f: draw_differences(rows, f.subplots()), size)
         files['differences.csv'] = rows.to_csv(index=False).encode()
+    if coded:
+        files['fstq.pdf'] = figure_pdf(lambda f: plot_fstq(coded, f), (5.2, 2.6))
+        files['fstq.csv'] = fstq_curves(coded).to_csv(index=False).encode()
     return files

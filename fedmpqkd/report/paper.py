@@ -22,6 +22,8 @@ from .facts import Fact, Facts, all_facts, behind, load_axes, load_small, load_s
 from .figures import figure_files
 from .latex import to_content
 from .rules import Fault, lint, lost_citations
+from ..study.experiments import CITED
+from ..study.records import load_records
 
 # %% ../../nbs/report/18_paper.ipynb #f4e17803
 SECTIONS = ('title', 'abstract', 'introduction', 'related_work', 'background', 'method', 'experimental_setup',
@@ -142,7 +144,8 @@ def generated(
     files['generated/sections.json'] = (json.dumps(shown, indent=2, ensure_ascii=False) + '\n').encode()
     named = [s for s in (load_study(root / 'results', n) for n in ('exp1', 'exp2')) if s.records]
     points = load_small(root / 'results') + [s for some in load_axes(root / 'results').values() for s in some]
-    return files | {f'images/{name}': data for name, data in figure_files(named, points).items()}
+    coded = load_records(root / 'results', 'exp7', CITED['exp7'])
+    return files | {f'images/{name}': data for name, data in figure_files(named, points, coded).items()}
 
 def write(
     root: Path | None = None,  # the repository; None is the one around here
