@@ -564,7 +564,9 @@ REVISIONS = (
              lambda c: c.act_bits < 4 and c.warm_start != 'none'),
     Revision(2, 'a pooled variance is never below zero', lambda c: c.bn_pool == 'moments'),
     Revision(2, "users' networks draw from named streams; no layer used twice is folded",
-             lambda c: bool(c.extension)))
+             lambda c: bool(c.extension)),
+    Revision(2, 'what stands behind tokens that were taken out sees what stands before them',
+             lambda c: c.token_select != 'none' and c.token_mode == 'input_drop'))
 
 # %% ../../nbs/core/01_config.ipynb #8f48fc68
 def algorithm_version(

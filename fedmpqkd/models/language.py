@@ -143,7 +143,8 @@ def passed(
 ) -> Any:  # what `transformers` returns
     "A forward pass."
     choose_attention(causal, ids.shape[-1])
-    mask = None if sees is None else added_mask(sees, causal.dtype)
+    gaps = None if positions is None else torch.ones_like(ids)  # or a gap begins another text
+    mask = gaps if sees is None else added_mask(sees, causal.dtype)
     return module(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
 
 # %% ../../nbs/models/04a_language.ipynb #1f312d27

@@ -312,3 +312,24 @@ def test_wide_products_round_once_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         found = layer(x)
     assert found.dtype == torch.bfloat16 and found.item() == 258  # 256 + 1 rounded first would stay 256
+
+
+@pytest.mark.parametrize("plain_head", [True, False])
+def test_what_stands_behind_a_gap_sees_what_stands_before_it(plain_head):
+    "Positions with gaps and no mask were read as one text after each gap."
+    from fedmpqkd.models.language import counted_logits
+
+    model = small_gpt("gpt-tiny", 300).eval()
+    positions = torch.tensor([[0, 1, 4, 5, 6], [0, 2, 3, 0, 0]])
+    ids = torch.tensor([[5, 7, 9, 4, 6], [5, 7, 9, -1, -1]])
+    before, behind = ids.clone(), ids.clone()
+    before[:, 1] = 8
+    behind[0, 4] = 8
+    with torch.no_grad():
+        usual, earlier, later = (counted_logits(model, x, plain_head, positions)
+                                 for x in (ids, before, behind))
+        alone = counted_logits(model, ids[1:, :3], plain_head, positions[1:, :3])
+    moved = (usual - earlier).abs().amax(-1)
+    assert (moved[0, 1:] > 0.01).all() and moved[0, 0] == 0 and moved[1, 2] > 0.01
+    assert (usual - later)[0, :4].abs().max() == 0
+    assert torch.allclose(usual[1, :3], alone[0], atol=1e-5)
