@@ -108,8 +108,9 @@ class MktConfig:
             if allowed and not allowed.holds(getattr(self, f.name)):
                 raise ValueError(f'{f.name}={getattr(self, f.name)!r}: {allowed.words}')
         if not self.clients: raise ValueError('clients: at least one')
+        if self.method == 'fedavg': object.__setattr__(self, 'average', True)
         if self.average and len(set(self.clients)) > 1:
-            raise ValueError('average=True: only equal clients can be averaged')
+            raise ValueError(f'method={self.method}, average=True: only equal clients can be averaged')
 
     @property
     def identity(self) -> str:
@@ -227,6 +228,8 @@ def parties(
     found = []
     for n, (coder, model) in enumerate(made):
         own = _read(tuple(private[n - 1]), coder, text.kind, c.context) if n else None
+        if own is not None and not len(own):
+            raise ValueError(f'context={c.context}: no private item of client {n} is short enough')
         x, size, kept = _read_options(tuple(test), coder, text.kind, c.context)
         if not kept.all():
             raise ValueError(f'context={c.context}: {int((~kept).sum())} test items are too long')
@@ -569,7 +572,7 @@ def one_round(
         nobody = np.zeros(len(server.public), dtype=bool)
         for p in everybody: learned_from(p, c, None, nobody, round)
     if c.method in ('fedmkt', 'llm2slm'): line |= exchange(everybody, lines, c, round)
-    if c.average or c.method == 'fedavg':
+    if c.average:
         up = averaged(clients)
         line['bytes_up'], line['bytes_down'] = (line.get(f'bytes_{way}', 0) + up for way in ('up', 'down'))
     return line
@@ -594,7 +597,6 @@ def play_mkt(
     device: str | torch.device = 'cpu',  # of the models
 ) -> dict[str, Any]:  # the record
     "One run of FedMKT or of a baseline."
-    if c.method == 'fedavg': c = dataclasses.replace(c, average=True)
     everybody, items = parties(text, c, device)
     smallest = min(p.vocabulary for p in everybody)
     if c.top_k >= smallest: raise ValueError(f'top_k={c.top_k}: the smallest vocabulary has {smallest}')
@@ -615,4 +617,5 @@ def play_mkt(
     summary = traffic | dict(server=last[0], clients=last[1:], mean_client=float(np.mean(last[1:])),
                              memory=peak_memory_mib())
     return dict(id=c.identity, config=config, data=dict(name=text.name, fingerprint=text.fingerprint),
-                public=len(everybody[0].public), test=len(items), curve=curve, summary=summary)
+                public=len(everybody[0].public), private=[len(p.private or ()) for p in everybody[1:]],
+                test=len(items), curve=curve, summary=summary)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmpqkd.data.text import load_text
+from fedmpqkd.data.text import Item, TextData, load_text
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -14,6 +14,7 @@ pytest.importorskip("peft")
 from fedmpqkd.federation.mkt import (  # noqa: E402
     MktConfig,
     connect,
+    dealt,
     learned_from,
     lesson,
     moved,
@@ -142,6 +143,33 @@ def test_runs_are_found_again(tmp_path):
     assert run_mkt("smoke", "standalone", "0", **fields).records == first and len(before) == 1
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json")} == before
     assert len({c.identity for c in plan_mkt("study-a")}) == 25
+
+
+def test_a_run_of_fedavg_is_found_under_its_own_name(tmp_path):
+    "Its weights are averaged whether or not the field says so, and the record says so, too."
+    from fedmpqkd.study.mkt import read_mkt
+    fields = dict(clients="gpt-tiny/bytes;gpt-tiny/bytes", public=8, private=4, test=8, rounds=1)
+    record, = run_mkt("smoke", "fedavg", 0, results_dir=str(tmp_path), **fields).records
+    planned, = plan_mkt("smoke", "fedavg", 0, **fields)
+    assert record["id"] == planned.identity and record["config"]["average"] and planned.average
+    assert [read_mkt(path) for path in tmp_path.rglob("*.json")] == [record]
+    with pytest.raises(ValueError, match="method=fedavg.*only equal clients"):
+        MktConfig(method="fedavg", clients=("gpt-tiny/bytes", "gpt-mini/bytes"))
+
+
+def test_private_items_that_are_too_long_are_counted_and_a_client_without_any_is_an_error():
+    items = tuple(Item(f"text {n} " + "x" * 60 * (n % 3 == 0), (" a", " b"), n % 2) for n in range(24))
+    text = TextData("t", "choice", items, items[1:3])
+    c = MktConfig(method="standalone", server="gpt-tiny/bytes", clients=("gpt-tiny/bytes",) * 2, public=6,
+                  private=4, context=40, rounds=1)
+    record = play_mkt(text, c)
+    _, private, _ = dealt(text, c)
+    assert record["private"] == [sum("xx" not in item.prompt for item in own) for own in private] != [4, 4]
+    only_long = TextData("t", "choice", (*items[1:3], *items[4:6], *items[::3]), items[1:3])
+    for seed in range(20):
+        own = dataclasses.replace(c, public=2, private=2, seed=seed)
+        if any(all("xx" in i.prompt for i in part) for part in dealt(only_long, own)[1]): break
+    with pytest.raises(ValueError, match="context=40: no private item of client"): play_mkt(only_long, own)
 
 
 def test_one_batch_without_a_teacher_is_the_labels_alone(facts):
