@@ -321,6 +321,7 @@ class Job:
     plugins: str = ''
     quiet: bool = False
     callbacks: str = ''
+    label: str = ''  # what tells it from others of its method and seed, in lines of progress
 
 @lru_cache(maxsize=2)
 def _cut(dataset: str, data_dir: str, train: int, test: int, loader: Any) -> Dataset:
@@ -376,7 +377,7 @@ def _attempt(job: Job, sweep: Sweep | None = None) -> Record | Claimed:
     if (done := journal.record()) is not None:
         if sweep: sweep.found(c.rounds, runs=1)
         return cast(Record, done)
-    progress = None if job.quiet else Progress(f'{c.method} seed {c.seed}', c.rounds, sweep)
+    progress = None if job.quiet else Progress(f'{c.method} seed {c.seed}{job.label}', c.rounds, sweep)
     callbacks = make_callbacks(job.callbacks)
     try: return run(c, data, journal, job.device, job.workers, progress, callbacks)
     except Claimed as why: return why
