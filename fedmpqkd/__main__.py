@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'AXIS', 'NOTEBOOKS', 'Writer', 'Shown', 'RUNNERS', 'ABOUT', 'cli', 'TITLES', 'OWN_TITLES', 'FieldType',
-           'Choice', 'run_one', 'run_along', 'run_students', 'run_texts', 'run_teaching', 'run_and_show', 'Once',
-           'ExperimentCommand', 'Commands', 'data', 'methods', 'models', 'records', 'paper', 'completion', 'export',
-           'import_', 'main']
+           'Choice', 'run_one', 'run_along', 'run_students', 'run_texts', 'run_teaching', 'run_coding', 'run_and_show',
+           'Once', 'ExperimentCommand', 'Commands', 'data', 'methods', 'models', 'records', 'paper', 'completion',
+           'export', 'import_', 'main']
 
 # %% ../nbs/tools/81_command.ipynb #a874df66
 import dataclasses
@@ -68,6 +68,7 @@ class Choice(click.Option):
         return value
 
 # %% ../nbs/tools/81_command.ipynb #aff172c2
+# long: one list of options
 EXPERIMENT = dict(
     preset='scale: auto, demo, smoke, mini, study or paper; auto asks what is at hand',
     methods='recipes, separated by commas (see `fedmpqkd methods`)', seeds='separated by commas',
@@ -90,7 +91,12 @@ NOTEBOOKS: dict[str, dict[str, str]] = dict(  # options of their own: the parame
     exp5=_NOTEBOOK | dict(
         methods=EXPERIMENT['methods'], bits='average bits a weight, separated by commas',
         name='exp5 (from scratch) or exp5-arc (adapters on a pretrained model)'),
-    exp6=_NOTEBOOK | dict(preset='smoke, study-a, study-b or paper', methods='public-ce,fedmkt, ...'))
+    exp6=_NOTEBOOK | dict(preset='smoke, study-a, study-b or paper', methods='public-ce,fedmkt, ...',
+                          fields='any fields of FedMKT in one word: lr=0.001,weight=0.5'),
+    exp7=_NOTEBOOK | dict(
+        preset='smoke, study or paper', methods=EXPERIMENT['methods'], budgets='shares of fp32, with commas',
+        optimizers='adamw, sgd; both where nothing is said',
+        selections='of tokens: sensitivity, random:input_drop, ...'))
 
 # %% ../nbs/tools/81_command.ipynb #453db4a7
 def _options(
@@ -160,9 +166,16 @@ def run_teaching(values: dict[str, Any]) -> Shown:
     found = run_mkt(**values | parse_fields(values.pop('fields', '')))
     return mkt_page(found.records), lambda: write_mkt(found), [found.folder]
 
+def run_coding(values: dict[str, Any]) -> Shown:
+    "Run Experiment 7."
+    from fedmpqkd.report.fstq import fstq_page, write_fstq
+    from fedmpqkd.study.fstq import run_fstq
+    found = run_fstq(**values)
+    return fstq_page(found), lambda: write_fstq(found), [found.folder]
+
 RUNNERS: dict[str, Callable[[dict[str, Any]], Shown]] = dict(
     exp1=partial(run_one, 'exp1'), exp2=partial(run_one, 'exp2'), exp3=run_along, exp4=run_students,
-    exp5=run_texts, exp6=run_teaching)
+    exp5=run_texts, exp6=run_teaching, exp7=run_coding)
 
 # %% ../nbs/tools/81_command.ipynb #390683e5
 def _files(write: Writer) -> list[str]:
@@ -259,7 +272,8 @@ TITLES = dict(exp1='Experiment 1: one local epoch', exp2='Experiment 2: harsh co
               exp3='Experiment 3: one axis at a time')
 for _name, _title in TITLES.items(): cli.add_command(ExperimentCommand(_name, _title))
 OWN_TITLES = dict(exp4='Experiment 4: augmentations for low-bit students',
-                  exp5='Experiment 5: language models of few bits', exp6='Experiment 6: FedMKT')
+                  exp5='Experiment 5: language models of few bits', exp6='Experiment 6: FedMKT',
+                  exp7='Experiment 7: which entries of an update are worth their bytes')
 for _name, _title in OWN_TITLES.items():
     cli.add_command(Once(_name, _title, [Choice(*item) for item in NOTEBOOKS[_name].items()]))
 

@@ -6,9 +6,9 @@
 __all__ = ['KINDS', 'ALMANAC', 'TEMPLATES', 'WORDS', 'SCHEMAS', 'IGNORED', 'Item', 'almanac_rows', 'words_of', 'almanac_item',
            'marked_options', 'choice_item', 'class_names', 'class_item', 'answer_item', 'kind_of', 'speeches',
            'articles', 'items_hash', 'TextData', 'hold_out', 'not_empty', 'split_files', 'read_rows', 'plain_items',
-           'row_item', 'set_items', 'text_folder', 'read_set', 'load_text', 'natural_labels', 'natural_split',
-           'next_token_labels', 'Encoded', 'Encoder', 'Letters', 'TokenBatch', 'tokenise', 'target_pairs',
-           'option_pairs']
+           'row_item', 'set_items', 'texts_at_hand', 'text_folder', 'read_set', 'load_text', 'natural_labels',
+           'natural_split', 'next_token_labels', 'Encoded', 'Encoder', 'Letters', 'TokenBatch', 'tokenise',
+           'target_pairs', 'option_pairs']
 
 # %% ../../nbs/data/02b_text.ipynb #68df838f
 import hashlib
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from .images import DamagedData, DataMissing, cache_folder, find_shards, search_places
+from .images import CIFAR, DamagedData, DataMissing, cache_folder, find_shards, search_places
 from .partition import Partition, as_labels
 
 # %% ../../nbs/data/02b_text.ipynb #1d984916
@@ -381,12 +381,27 @@ def set_items(
     return kind, not_empty(items, skipped)
 
 # %% ../../nbs/data/02b_text.ipynb #c0947b24
+def _places(data_dir: str | Path | None) -> list[Path]:
+    "Folders of folders of texts."
+    return [p for p in search_places(data_dir, cache_folder()) if p.name != 'torchvision']
+
+
+def texts_at_hand(
+    data_dir: str | Path | None = None,  # search here and nowhere else
+) -> list[str]:  # names
+    "The text sets whose files are here."
+    parents = [folder for place in _places(data_dir) for folder in (place / 'text', place) if folder.is_dir()]
+    found = {f.name for parent in parents for f in parent.iterdir() if f.name not in ('text', *CIFAR)
+             and any(f.rglob('*.parquet'))}
+    return sorted(found)
+
+
 def text_folder(
     name: str,  # of the set
     data_dir: str | Path | None = None,  # search here and nowhere else
 ) -> Path:
     "The folder of a text set."
-    places = [p for p in search_places(data_dir, cache_folder()) if p.name != 'torchvision']
+    places = _places(data_dir)
     for place in places:
         for folder in (place / 'text' / name, place / name):
             if folder.is_dir(): return folder

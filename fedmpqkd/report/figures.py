@@ -83,6 +83,7 @@ def draw_differences(
     ax.spines[['top', 'right', 'left']].set_visible(False)
 
 # %% ../../nbs/report/18d_figures.ipynb #9cf66da1
+# long: one list of files
 def _curve_pdf(data: pd.DataFrame, x: str) -> bytes:
     "One half of a pair, with its legend above."
     def draw(figure: Any) -> None:

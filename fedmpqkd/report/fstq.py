@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABELS', 'IMAGE_PAIRS', 'budget_of', 'share_sent', 'row_of', 'fstq_frame', 'fstq_table', 'fstq_pairs', 'token_pairs',
            'fstq_curves', 'plot_fstq', 'fstq_traffic', 'fstq_claims', 'image_frame', 'image_table', 'image_pairs',
-           'image_reading', 'prompt_lines', 'write_fstq']
+           'image_reading', 'prompt_lines', 'fstq_page', 'write_fstq']
 
 # %% ../../nbs/report/17h_fstq.ipynb #c67b0300
 import math
@@ -295,13 +295,20 @@ def prompt_lines(
     return list(found['lines']) if same else []
 
 
+def fstq_page(
+    outcome: Outcome,  # of `run_fstq`
+) -> str:  # Markdown
+    "All tables."
+    records = outcome.records
+    claims = fstq_claims(records, prompt_lines(outcome.results, records))
+    tables = [fstq_table(records), fstq_pairs(records), *token_pairs(records), claims]
+    return '\n\n'.join(map(to_markdown, tables)) + '\n'
+
+
 def write_fstq(
     outcome: Outcome,  # of `run_fstq`
 ) -> list[Path]:
     "Tables and figure of Experiment 7."
-    records, folder = outcome.records, outcome.generated
-    claims = fstq_claims(records, prompt_lines(outcome.results, records))
-    tables = [fstq_table(records), fstq_pairs(records), *token_pairs(records), claims]
-    text = '\n\n'.join(map(to_markdown, tables)) + '\n'
-    figure = figure_pdf(lambda f: plot_fstq(records, f), (7.2, 2.8))
-    return [write_atomic(folder / 'exp7.md', text.encode()), write_atomic(folder / 'exp7.pdf', figure)]
+    figure = figure_pdf(lambda f: plot_fstq(outcome.records, f), (7.2, 2.8))
+    return [write_atomic(outcome.generated / 'exp7.md', fstq_page(outcome).encode()),
+            write_atomic(outcome.generated / 'exp7.pdf', figure)]

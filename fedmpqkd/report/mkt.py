@@ -123,7 +123,7 @@ def over_adapter(records: Sequence[Mapping[str, Any]]) -> float:  # NaN where no
             ratios.append(r['summary']['bytes_up'] / c['rounds'] / len(c['clients']) / np.mean(sizes))
     return float(np.mean(ratios or [np.nan]))
 
-
+# %% ../../nbs/report/17j_mkt.ipynb #1911deb2
 def mkt_claims(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:  # claim, published, measured, remark
     "The publication's numbers next to those of some records."
     def mean(method: str) -> float:

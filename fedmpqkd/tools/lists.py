@@ -14,9 +14,11 @@ import pandas as pd
 import torch
 
 from ..core.config import RunConfig
-from ..core.journal import project_root
+from ..core.journal import project_root, read_record
 from ..data.images import CIFAR, DamagedData, dataset_names, is_at_hand, load_dataset
+from ..data.text import texts_at_hand
 from ..federation.methods import RECIPES
+from ..models.language import GPTS, WHEELS
 from ..models.vision import BUILT_IN, build_model, count_parameters, layout, model_names
 from ..study.records import config_of, load_records
 
@@ -57,7 +59,9 @@ def list_data(
             row |= dict(source=source, classes=spec.classes, train=spec.train, test=spec.test)
         elif name != 'digits': row |= _users(name)
         rows.append(row)
-    return pd.DataFrame(rows)
+    text = dict.fromkeys(EMBEDDED, '') | dict(image='text')
+    own = dict(almanac='embedded') | dict.fromkeys(texts_at_hand(data_dir or None), 'files')
+    return pd.DataFrame([*rows, *(dict(name=name, source=where) | text for name, where in own.items())])
 
 # %% ../../nbs/tools/81a_lists.ipynb #dd5e717e
 TIMM = {  # networks whose library takes seconds to import: parameters, and those that are quantised
@@ -80,6 +84,9 @@ def list_models(
             rows.append(dict(name=name, parameters='', quantised='not for images of 3x32x32'))
             continue
         rows.append(dict(name=name, parameters=number, quantised=f'{100 * quantised / number:.1f} %'))
+    languages = dict.fromkeys(GPTS, 'language; its size follows from the tokenizer') | dict.fromkeys(
+        WHEELS, 'language; its adapters')
+    rows += [dict(name=name, parameters='', quantised=what) for name, what in languages.items()]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/tools/81a_lists.ipynb #e9c56da2
@@ -102,6 +109,21 @@ def list_methods() -> pd.DataFrame:  # name, varies, pins
     return pd.DataFrame(rows)
 
 # %% ../../nbs/tools/81a_lists.ipynb #5872a123
+def _runs(
+    root: Path,  # results folder
+    folder: Path,  # in it
+) -> list[tuple[str, int, int, str]]:  # method or augmentation, seed, rounds or epochs, data
+    "What the records of a folder are of."
+    if folder.name != 'pieces':
+        found = [config_of(r) for r in load_records(root, folder.parent.name, folder.name)]
+        return [(c.method, c.seed, c.rounds, c.dataset) for c in found]
+    pieces = [read_record(path) for path in sorted(folder.glob('*.json'))]
+    configs = [r['config'] for r in pieces if 'config' in r]
+    students = [r['recipe'] | dict(data=r['data']['name']) for r in pieces if r.get('kind') == 'student']
+    return [(c['method'], c['seed'], c['rounds'], c['dataset']) for c in configs] + [
+        (s['augment'], s['seed'], s['epochs'], s['data']) for s in students]
+
+# %% ../../nbs/tools/81a_lists.ipynb #d30f14e8
 def list_records(
     results: Path | None = None,  # results folder; None for the project's
 ) -> pd.DataFrame:  # folder, runs, seeds, rounds, data, methods
@@ -109,12 +131,11 @@ def list_records(
     root = Path(results).expanduser() if results else project_root() / 'results'
     if not root.is_dir(): raise ValueError(f'{root}: there is no such folder of results')
     rows = []
-    for folder in sorted({p.parent for p in root.glob('*/*/*.json')}):
-        found = [config_of(r) for r in load_records(root, folder.parent.name, folder.name)]
-        if not found: continue
-        methods, seeds, data = (list(dict.fromkeys(getattr(c, f) for c in found))
-                                for f in ('method', 'seed', 'dataset'))
-        rows.append(dict(folder=folder.relative_to(root).as_posix(), runs=len(found),
-                         seeds=','.join(map(str, sorted(seeds))), rounds=max(c.rounds for c in found),
+    for folder in sorted({p.parent for where in ('*/*', '*/*/pieces') for p in root.glob(f'{where}/*.json')}):
+        if not (found := _runs(root, folder)): continue
+        methods, seeds, rounds, data = (list(dict.fromkeys(values)) for values in zip(*found, strict=True))
+        named = folder.parent if folder.name == 'pieces' else folder
+        rows.append(dict(folder=named.relative_to(root).as_posix(), runs=len(found),
+                         seeds=','.join(map(str, sorted(seeds))), rounds=max(rounds),
                          data=', '.join(data), methods=', '.join(methods)))
     return pd.DataFrame(rows, columns=['folder', 'runs', 'seeds', 'rounds', 'data', 'methods'])
