@@ -32,7 +32,7 @@ PAPER: dict[str, dict[str, dict[str, float]]] = {'exp1': {
     'fedmpq-kd - fedmpq': {'accuracy, points': 2.6, _GAP: 51, 'AUC %': 7.7, 'time %': 9}}}
 
 # %% ../../nbs/report/17b_claims.ipynb #73f70377
-_NOISE, _SHIFT, _FGSM = 'after 10 % label noise, points', 'corrupted, severity 3, %', 'FGSM 2/255 %'
+_NOISE, _SHIFT, _FGSM = 'change by 10 % label noise, points', 'corrupted, severity 3, %', 'FGSM 2/255 %'
 
 PAPER['exp2'] = {
     'qat-uniform': {'accuracy %': 58.4, 'AUC (sum)': 3684, 'MB/client': 1.9, 's/round': 8.4},

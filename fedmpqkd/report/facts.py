@@ -453,6 +453,12 @@ def count(n: int) -> str:
     "A small number as a word."
     return _WORDS[n] if n < len(_WORDS) else str(n)
 
+def _of_experiments(studies: Sequence[Study]) -> str:
+    "Whose comparisons are counted, in words."
+    *others, last = sorted({s.group.partition('/')[0].removeprefix('exp') for s in studies})
+    if not last.isdigit(): return ''
+    return f' of Experiments {", ".join(others)} and {last}' if others else f' of Experiment {last}'
+
 def verdict_facts(studies: Sequence[Study]) -> Facts:
     "What all comparisons together decide."
     tables = [rows.assign(label=s.label, same=[s.same(a, b) for a, b in zip(rows.a, rows.b, strict=True)])
@@ -460,8 +466,9 @@ def verdict_facts(studies: Sequence[Study]) -> Facts:
     rows = pd.concat(tables, ignore_index=True).drop_duplicates('same')  # groups share runs
     files = tuple(dict.fromkeys(f for s in studies for f in s.files()))
     few, decided = rows[rows.n < 5], rows[rows.verdict != 'undecided']
-    said = (f'None of the {len(rows)} paired comparisons is decided' if not len(decided) else
-            f'{count(len(decided)).capitalize()} of the {len(rows)} paired comparisons '
+    pairs = f'{len(rows)} paired comparisons{_of_experiments(studies)}'
+    said = (f'None of the {pairs} is decided' if not len(decided) else
+            f'{count(len(decided)).capitalize()} of the {pairs} '
             f'{"is" if len(decided) == 1 else "are"} decided')
     if len(few) == len(rows): said += ', since all have fewer than five pairs of seeds'
     elif len(few): said += f'; {count(len(few))} have fewer than five pairs of seeds'
@@ -763,8 +770,9 @@ def _unmeasured(studies: Sequence[Study]) -> str:
     found = []
     for study in (s for s in studies if s.name in PAPER):
         rows = beside_the_paper(study.runs, study.name)
-        found += [f'{quantity} ({study.name})' for quantity in rows[rows.n == 0].quantity.unique()]
-    return f'Not measured were the claims on {"; ".join(found)}' if found else 'Every claim has a measurement'
+        found += [f'{quantity.rpartition(", ")[0] or quantity} (Experiment {study.name.removeprefix("exp")})'
+                  for quantity in rows[rows.n == 0].quantity.unique()]
+    return f'Claimed but not measured: {"; ".join(found)}' if found else 'Every claim has a measurement'
 
 def deviation_facts(
     root: Path,  # the repository

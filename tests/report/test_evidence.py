@@ -694,7 +694,7 @@ def test_experiment_2_beside_the_paper():
     assert own.loc["corrupted, severity 3, %", "measured"] == pytest.approx(30.5)
     assert own.loc["FGSM 2/255 %", "measured"] == pytest.approx(20)
     assert own.loc["MB/client", "measured"] == pytest.approx(0.25), "2.5 MB of ten clients"
-    noise = own.loc["after 10 % label noise, points"]
+    noise = own.loc["change by 10 % label noise, points"]
     assert noise["paper claims"] == -5.2 and noise["n"] == 0 and math.isnan(noise["measured"])
     with pytest.raises(ValueError, match="claims about exp1, exp2"): claims.beside_the_paper(records, "exp3")
 
