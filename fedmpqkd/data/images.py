@@ -759,10 +759,13 @@ def load_dataset(
         if data := read_torchvision(spec, place): return data
     if download and (data := read_torchvision(spec, places[-1], download=True)):
         return data
+    where = '' if data_dir is None else f'{str(data_dir)!r}, '
     raise DataMissing(
         f'{name} is in none of: {", ".join(map(str, places))}. '
         f'Put the Parquet files of huggingface.co/datasets/uoft-cs/{spec.folder} in DIR/{spec.folder} '
-        'and pass data_dir=DIR or set $FEDMPQKD_DATA=DIR, or pass download=True.')
+        'and name DIR: data_dir=DIR in Python, -p data_dir DIR for papermill, --data-dir DIR for fedmpqkd, '
+        'or $FEDMPQKD_DATA for all. Or let torchvision fetch it, once: python -c "from fedmpqkd.data.images '
+        f'import load_dataset; load_dataset({name!r}, {where}download=True)"')
 
 # %% ../../nbs/data/02_images.ipynb #4fcf8cb0
 def is_at_hand(

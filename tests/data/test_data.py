@@ -402,7 +402,8 @@ def test_missing_data_name_the_set_every_place_and_the_cure(tmp_path, monkeypatc
     places = [tmp_path / 'env', tmp_path / 'work' / 'shared' / 'data', tmp_path / 'cache' / 'torchvision']
     positions = [message.find(str(p)) for p in places]
     assert -1 not in positions and positions == sorted(positions)
-    assert message.startswith('cifar10') and 'download=True' in message and 'FEDMPQKD_DATA' in message
+    assert message.startswith('cifar10') and 'FEDMPQKD_DATA' in message
+    assert '-p data_dir DIR' in message and '--data-dir DIR' in message
     assert isinstance(caught.value, FileNotFoundError)
 
 
@@ -450,6 +451,24 @@ def test_nothing_is_downloaded_unless_asked(tmp_path, monkeypatch):
     with pytest.raises(DamagedData):  # the stand-in brings no files
         load_dataset('cifar10', tmp_path, download=True)
     assert asked == [str(tmp_path)]
+
+
+@pytest.mark.parametrize('given', [False, True])
+def test_the_command_in_the_message_fetches_what_is_missing(tmp_path, monkeypatch, given):
+    "What it names is a call that downloads, into a folder where the next run looks."
+    asked = []
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, 'download', lambda self: asked.append(Path(self.root)))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.delenv('FEDMPQKD_DATA', raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(load_dataset.__globals__, '__file__', str(tmp_path / 'images.py'))
+    where = tmp_path / 'mine' if given else None
+    with pytest.raises(DataMissing) as caught:
+        load_dataset('cifar10', where)
+    call = str(caught.value).partition('python -c "')[2].removesuffix('"')
+    with pytest.raises(DamagedData):  # the stand-in brings no files
+        exec(call, {})
+    assert asked == [where or data.search_places(None, tmp_path / 'cache' / 'fedmpqkd')[-1]]
 
 
 def test_registered_names():
