@@ -348,9 +348,10 @@ def _truth(value: Any) -> bool:
     if str(value).lower() not in ('true', 'false', '0', '1'): raise ValueError
     return str(value).lower() in ('true', '1')
 
+_NUMBERS = tuple[float, ...]
 _TYPES: dict[Any, Callable[[Any], Any]] = {
     bool: _truth, int: _whole, float: float, str: str,
-    tuple[float, ...]: lambda value: tuple(float(v) for v in as_list(value))}
+    _NUMBERS: lambda value: tuple(float(v) for v in as_list(value))}
 
 def as_typed(
     name: str,  # of the field, for the message
@@ -360,7 +361,9 @@ def as_typed(
     "The value as the field's own type."
     try: return _TYPES[kind](value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f'{name}={value!r} is not of type {getattr(kind, "__name__", str(kind))}') from None
+        many = kind == _NUMBERS
+        why = ': must be numbers, separated by commas' if many else f' is not of type {kind.__name__}'
+        raise ValueError(f'{name}={value!r}{why}') from None
 
 # %% ../../nbs/core/01_config.ipynb #9b552b90
 def _distillation_rules(c: 'RunConfig') -> Iterator[str]:

@@ -8,7 +8,7 @@ __all__ = ['LANGUAGE', 'run_language']
 # %% ../../nbs/study/16h_language.ipynb #26c1d6f8
 from typing import Any
 
-from ..core.config import as_list
+from ..core.config import as_list, as_typed
 from .experiments import EXPERIMENTS, Outcome, run_experiment
 
 # %% ../../nbs/study/16h_language.ipynb #aa05d095
@@ -29,8 +29,9 @@ def run_language(
     if chosen not in LANGUAGE[name].presets:
         raise ValueError(f'preset={preset!r}: allowed are auto, {", ".join(LANGUAGE[name].presets)}')
     rows = as_list(methods) or as_list(LANGUAGE[name].presets[chosen]['methods'])
+    as_typed('bits', tuple[float, ...], bits)  # an error before anything is run
     found = {}
-    for n, b in enumerate(as_list(str(bits))):
+    for n, b in enumerate(map(str, as_list(bits))):
         some = [m for m in rows if m != 'fedavg' or not n]
         point = dict(bits=float(b), methods=','.join(some))
         if some: found[b] = run_experiment(name, chosen, methods=some, bits=b, point=point, **options)

@@ -75,6 +75,9 @@ def test_values_arrive_in_any_dress():
     assert plain(RunConfig(dirichlet=math.inf))["dirichlet"] == "inf"
     with pytest.raises(ValueError, match="prune_lsb='maybe' is not of type bool"):
         RunConfig(prune_lsb="maybe")
+    for wrong in ("abc", "4,x", "4;2"):
+        with pytest.raises(ValueError, match=f"^bits='{wrong}': must be numbers, separated by commas$"):
+            RunConfig(bits=wrong)
 
 
 def test_the_first_thing_that_is_wrong_is_the_one_that_is_said():

@@ -72,3 +72,10 @@ def test_only_a_whole_cited_setting_is_evidence():
     assert not MktOutcome("study-a", whole, ours / "elsewhere").declared
     smoke = [dict(id=c.identity) for c in plan_mkt("smoke")]
     assert not MktOutcome("smoke", smoke, ours).declared
+
+
+@pytest.mark.parametrize("bits", ["a", "4,x"])
+def test_bits_that_are_no_numbers_are_named_before_anything_is_run(bits, tmp_path):
+    with pytest.raises(ValueError, match=f"^bits='{bits}': must be numbers, separated by commas$"):
+        run_language("exp5", "smoke", bits, results_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())

@@ -47,6 +47,8 @@ def test_an_experiment_prints_its_table_and_writes_its_files(command: str, table
     ("exp9", "No such command 'exp9'"),
     ("exp3 --axis sideways", "sideways"), ("exp1 --dropout 1.5", "must be in [0, 1]"),
     ("exp1 --workers abc", "workers='abc' is not of type int"),
+    ("exp1 --bits abc", "bits='abc': must be numbers, separated by commas"),
+    ("exp5 --preset smoke --bits a", "bits='a': must be numbers, separated by commas"),
     ("exp1 --methods", "requires an argument"), ("exp1 --methods --seeds 1", "needs a value"),
     ("exp1 --seeds 1 --seeds=2", "--seeds is there twice"), ("exp1 --seeds a", "Error: seed='a'"),
     ("exp1 --train_images 5 --train-images 6", "--train-images is there twice"),
