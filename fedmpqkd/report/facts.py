@@ -446,6 +446,7 @@ def growth_facts(
     return {'clients.growth': Fact(said['verdict'], 'bytes of the last round', files)}
 
 # %% ../../nbs/report/18a_facts.ipynb #87574d6b
+# long: small functions that are read together
 _WORDS = ('none', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven',
           'twelve')
 
