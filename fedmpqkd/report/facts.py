@@ -643,9 +643,13 @@ def fstq_facts(
                      'n': row['n'], 'Fisher': f'{one["nats per byte"]:.3f}',
                      'Magnitude': f'{other["nats per byte"]:.3f}', 'Difference': f'{row["difference"]:+.3f}',
                      '95 % interval': f'{row["ci_low"]:.3f} to {row["ci_high"]:.3f}',
-                     'Holm': f'{row["p"]:.2g}'})
+                     'Holm': f'{row["p"]:.2g}', 'Verdict': row['verdict'].split(' (')[0]})
         brief = _brief(row, 'nats a byte', 3)
         found[f'{at[0]}.{at[1]:g}.brief'] = Fact(brief, 'paired by seed', study.files(row['a'], row['b']))
+    for (optimizer, _, method), row in means.items():
+        if method == 'fedavg':
+            said = f'{row["nats per byte"]:.3f} (n = {row["n"]})'
+            found[f'{optimizer}.fp32'] = Fact(said, 'mean over seeds', study.files('fedavg'))
     both = aligned(to_markdown(pd.DataFrame(rows)), 2)
     found['table'] = table_fact(both, 'nats a byte of the answers, mean over seeds',
                                 lambda _: study.files('fedavg-fstq', 'fedavg-magnitude'), 2)
