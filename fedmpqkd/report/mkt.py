@@ -77,8 +77,8 @@ def mkt_reading(records: Sequence[Mapping[str, Any]]) -> str:
     "The differences that count, with interval, number of seeds and verdict."
     said = []
     for b, rows in mkt_pairs(records).groupby('b', sort=False):
-        sizes = [f'{_called(r)} {r.difference:+.2f} points ({r.ci_low:.2f} to {r.ci_high:.2f}, '
-                 f'n = {r.n}; {r.verdict})' for r in rows.itertuples()]
+        sizes = [f'{_called(r)} {r.difference:+.2f} points ({_interval(r)}n = {r.n}; {r.verdict})'
+                 for r in rows.itertuples()]
         said.append(f'FedMKT minus {AGAINST[b]}: {", ".join(sizes)}.')
     return ' '.join(said) + idle_server(records)
 
@@ -86,6 +86,11 @@ def mkt_reading(records: Sequence[Mapping[str, Any]]) -> str:
 def _called(row: Any) -> str:
     "The clients, or the server, with a word where the other one is not trained."
     return WHO[row.who] + (', which does not train there,' if row.who == 'server' and row.b in IDLE else '')
+
+
+def _interval(row: Any) -> str:
+    "'-0.57 to 1.03, ', and nothing for a single pair."
+    return f'{row.ci_low:.2f} to {row.ci_high:.2f}, ' if row.n > 1 else ''
 
 # %% ../../nbs/report/17j_mkt.ipynb #3f21968a
 def mkt_choices(
