@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BITS', 'TOPS', 'HEAD', 'bf16', 'per_tensor', 'scales_before', 'scales_after', 'levels_of', 'in_half', 'errors_of',
-           'varint_bytes', 'gaps_of', 'index_bytes', 'body_bytes', 'best_moves', 'hull_moves', 'spend', 'Plan',
-           'percentile_tags', 'check_importance', 'coded', 'lengths_of', 'plan', 'decoded']
+           'check_halves', 'varint_bytes', 'gaps_of', 'index_bytes', 'body_bytes', 'best_moves', 'hull_moves', 'spend',
+           'Plan', 'percentile_tags', 'check_importance', 'coded', 'lengths_of', 'least_bytes', 'plan', 'decoded']
 
 # %% ../../nbs/quant/06a_coordinates.ipynb #5ae1c6bb
 from collections.abc import Callable, Sequence
@@ -100,6 +100,16 @@ def errors_of(
     np.minimum(errors[1:], errors[0], out=errors[1:])
     return errors
 
+# %% ../../nbs/quant/06a_coordinates.ipynb #f83c6a11
+def check_halves(
+    delta: np.ndarray,  # fp32 [d]
+    tags: np.ndarray,  # uint8 [d], the class of each entry
+) -> None:
+    "Refuse an entry that half precision cannot hold, where half precision is what it gets."
+    sent = delta[tags == 3]
+    if bad := int(np.isinf(in_half(sent)).sum()):
+        raise ValueError(f'{bad} entries at 16 bits are beyond half precision, which ends at 65,504')
+
 # %% ../../nbs/quant/06a_coordinates.ipynb #43079e35
 HEAD = 6  # bytes in front of each tensor of a message
 
@@ -147,14 +157,15 @@ def index_bytes(
 def body_bytes(
     tags: np.ndarray,  # uint8 [d]
     sizes: np.ndarray,  # [L]
-    ternary: bool = False,  # pack five 2-bit entries in a byte
+    ternary: bool | np.ndarray = False,  # pack five 2-bit entries in a byte; of all tensors, or [L] of each
 ) -> np.ndarray:  # int64 [L], without the heads
     "Bytes of each tensor as it will be sent."
     counts = [per_tensor(np.add, tags == c, sizes, np.int32).astype(np.int64) for c in (1, 2, 3)]
     length: np.ndarray = 1 + np.minimum(-(-sizes // 4), index_bytes(tags, sizes, counts))
     for c, (n, scale) in enumerate(zip(counts, (2, 2, 0), strict=True), 1):
-        length += scale * (n > 0) + (-(-n // 5) if ternary and c == 1 else -(-n * BITS[c] // 8))
-    return length
+        length += scale * (n > 0) + -(-n * BITS[c] // 8)
+    fewer = -(-counts[0] // 5) + (-counts[0] // 4)  # five in a byte, not four
+    return length + fewer * ternary
 
 # %% ../../nbs/quant/06a_coordinates.ipynb #4c07e79a
 def best_moves(
@@ -308,13 +319,21 @@ def lengths_of(
 
     return whole, near
 
+
+def least_bytes(
+    sizes: Sequence[int],  # [L] entries of each tensor
+) -> int:  # with the heads
+    "Bytes of an update that sends no entry: no budget can be below."
+    each = np.asarray(sizes, np.int64)
+    return lengths_of(each, False)[0](np.zeros(each.sum(), np.uint8))
+
 # %% ../../nbs/quant/06a_coordinates.ipynb #98292468
 # long: the whole way in one piece
 def plan(
     delta: np.ndarray,  # fp32 [d], all tensors of an update one after the other
     fisher: np.ndarray,  # [d], at least 0; ones for magnitude alone
     sizes: Sequence[int],  # [L] entries of each tensor
-    budget: int,  # bytes of all tensors with their heads; 0: by percentile, at whatever length
+    budget: int | None,  # bytes of all tensors with their heads; None: by percentile, whatever the length
     classes: Sequence[int] = (1, 2, 3),  # that may be used
     scale: str = 'rms',  # or 'class', or 'group' as published
     ternary: bool = False,  # five 2-bit entries in a byte
@@ -332,12 +351,13 @@ def plan(
     errors = errors_of(delta, each, scales)
     for c in {1, 2, 3} - set(classes): errors[c] = errors[0]
     errors *= weight
-    if budget:
+    if budget is not None:
         where = 8 if 8 * budget < 3 * len(delta) else 0
         moves = hull_moves(errors, where, most=8 * budget // (1 + where))
         tags = spend(moves, len(delta), budget, *lengths_of(each, ternary))
     else:
         tags = percentile_tags(errors[0])
+        check_halves(delta, tags)
     if scale == 'class': scales = scales_after(delta, tags, each)
     return coded(delta, tags, each, scales)
 

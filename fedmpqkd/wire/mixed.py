@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['BUDGETED', 'CLASSES', 'pack_varints', 'unpack_varints', 'pack_ternary', 'unpack_ternary', 'Mixed', 'pack_step',
            'unpack_step', 'MixedCodec', 'LowRank', 'is_low_rank', 'low_rank', 'LowRankCodec', 'BudgetCode',
-           'BudgetCompressor', 'check_budget']
+           'check_share', 'BudgetCompressor', 'check_budget']
 
 # %% ../../nbs/wire/08d_mixed.ipynb #70470add
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from fedmpqkd.quant.coordinates import (
     body_bytes,
     decoded,
     gaps_of,
+    least_bytes,
     per_tensor,
     plan,
     varint_bytes,
@@ -350,9 +351,22 @@ class BudgetCode:
         return cls(c.uplink, c.update_share, c.importance, c.update_classes, c.update_scale, c.update_ternary,
                    c.update_rank, c.error_feedback)
 
-    def budget(self, count: int) -> int:
+    def budget(self, count: int) -> int | None:  # None: any number
         "Bytes that an update of so many entries may have."
-        return int(4 * count * self.share)
+        return int(4 * count * self.share) if self.share else None
+
+# %% ../../nbs/wire/08d_mixed.ipynb #a9c31e07
+def check_share(
+    code: BudgetCode,  # of a run
+    sizes: Sequence[int],  # entries of each tensor that is coded
+) -> None:
+    "Refuse a budget that nothing can keep to, before anybody trains."
+    count, least = sum(sizes), least_bytes(sizes)
+    budget = code.budget(count) if code.kind == 'mixed' else None
+    if budget is None or budget >= least: return
+    enough = ceil(1e6 * least / max(1, 4 * count)) / 1e6
+    raise ValueError(f'update_share={code.share:g} is a budget of {budget} bytes; an update of {len(sizes)} '
+                     f'tensors without one entry has {least}, which takes update_share={enough:g}')
 
 # %% ../../nbs/wire/08d_mixed.ipynb #4b6de2c7
 def _importance(
@@ -458,5 +472,7 @@ def check_budget(
     found = np.bincount(row, minlength=4)
     if code.share and any(found[c] for c in {1, 2, 3} - set(CLASSES[code.classes])):
         raise WireError(f'a class that update_classes={code.classes!r} does not have')
-    used, agreed = int(body_bytes(row, sizes, code.ternary).sum()) + HEAD * len(sizes), code.budget(len(row))
-    if code.share and used > agreed: raise WireError(f'an update of {used} bytes where {agreed} were agreed')
+    packed = np.array([e.ternary for e in entries.values() if isinstance(e, Mixed)])
+    used, agreed = int(body_bytes(row, sizes, packed).sum()) + HEAD * len(sizes), code.budget(len(row))
+    if agreed is not None and used > agreed:
+        raise WireError(f'an update of {used} bytes where {agreed} were agreed')

@@ -242,7 +242,7 @@ def test_two_bits_are_not_wasted_on_zeros():
         found = plan(delta, fisher, sizes, 900, scale=scale)
         assert (found.levels[(found.tags == 1) | (found.tags == 2)] != 0).all()
     stake = fisher * delta**2
-    by_rank = plan(delta, fisher, sizes, 0, scale='group')
+    by_rank = plan(delta, fisher, sizes, None, scale='group')
     assert (by_rank.tags == percentile_tags(stake)).all()
     assert (by_rank.levels[by_rank.tags == 1] == 0).mean() > .9
 

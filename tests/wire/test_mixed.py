@@ -16,6 +16,7 @@ from fedmpqkd.wire.mixed import (
     BudgetCompressor,
     LowRank,
     Mixed,
+    check_share,
     low_rank,
     pack_ternary,
     pack_varints,
@@ -202,6 +203,69 @@ def test_a_receiver_that_agreed_on_less_refuses():
             with pytest.raises(WireError, match=why): BudgetCompressor(code).expand(many)
     with pytest.raises(WireError, match='mixed precision'):
         BudgetCompressor(BudgetCode('mixed', .2)).expand({'a': up['a']})
+
+
+@pytest.mark.parametrize('share', [1e-7, 2.4e-6, 5e-6, 1e-4])
+def test_a_budget_below_an_empty_update_is_no_percentile(share):
+    "100,000 entries: budgets of 0 bytes, of one, and up to 40; an empty update of one tensor has ten."
+    up, g = {'w': torch.randn(100_000, generator=torch.Generator().manual_seed(0))}, torch.Generator()
+    code = BudgetCode('mixed', share, 'magnitude')
+    if share < 1e-5:
+        with pytest.raises(WireError, match='does not even pay'): BudgetCompressor(code).compress(up, {}, g)
+        with pytest.raises(WireError, match='were agreed'): BudgetCompressor(code).expand(
+            BudgetCompressor(BudgetCode('mixed', 0.0, 'magnitude')).compress(up, {}, g)[0])
+    else: assert length(BudgetCompressor(code).compress(up, {}, g)[0]) <= 40
+
+
+@quick
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=5), st.floats(1e-7, .3))
+def test_a_share_is_refused_exactly_where_an_empty_update_is_too_long(numbers, share):
+    "The share that the refusal names is enough, and next to the least one."
+    zero, code = {str(i): torch.zeros(n) for i, n in enumerate(numbers)}, BudgetCode('mixed', share)
+    if not (count := sum(numbers)): return
+    empty = length({n: Mixed(t.to(torch.uint8), t.to(torch.int8), torch.zeros(0).half(), (0.0, 0.0))
+                    for n, t in zero.items()})
+    if int(4 * count * share) >= empty: check_share(code, numbers)
+    else:
+        with pytest.raises(ValueError, match=f'has {empty},') as refused: check_share(code, numbers)
+        enough = float(str(refused.value).split('=')[-1])
+        check_share(BudgetCode('mixed', enough), numbers)
+        assert int(4 * count * (enough - 2e-5)) < empty
+    for other in (BudgetCode('mixed', 0.0), BudgetCode('low-rank', share)): check_share(other, numbers)
+
+
+@pytest.mark.parametrize('share', [.05, .0507, .08])
+def test_five_in_a_byte_are_agreed_and_four_are_counted(share):
+    "A client that ignores agreed ternary coding sends more bytes than its budget."
+    up = {'w': torch.randn(200, 100, generator=torch.Generator().manual_seed(0))}
+    code = BudgetCode('mixed', share, 'magnitude', ternary=True)
+    entries, _ = BudgetCompressor(code).compress(up, {}, torch.Generator())
+    e, agreed = entries['w'], code.budget(20_000)
+    assert length(entries) <= agreed
+    loose = {'w': Mixed(e.tags, e.levels, e.halves, e.steps, False)}
+    arrived = {'w': through(loose['w'])[0]}
+    if length(loose) <= agreed: BudgetCompressor(code).expand(arrived)
+    else:
+        with pytest.raises(WireError, match=f'an update of {length(loose)} bytes where {agreed} were agreed'):
+            BudgetCompressor(code).expand(arrived)
+    assert length(loose) > agreed
+
+
+@pytest.mark.parametrize('size, refused', [(65_504, False), (65_519, False), (65_520, True), (1e30, True)])
+def test_percentiles_refuse_what_half_precision_cannot_hold(size, refused):
+    "Half precision ends at 65,504; what is from halfway to 65,536 rounds to infinity."
+    up = {'w': torch.cat([torch.tensor([float(size)]), torch.linspace(-1, 1, 99)])}
+    compressor = BudgetCompressor(BudgetCode('mixed', 0.0, 'magnitude', scale='group'))
+    if refused:
+        with pytest.raises(WireError, match='1 entries at 16 bits are beyond half precision'):
+            compressor.compress(up, {}, torch.Generator())
+    else:
+        entries, residual = compressor.compress(up, {}, torch.Generator())
+        length(entries)
+        assert torch.isfinite(residual['w']).all()
+    budgeted, left = BudgetCompressor(BudgetCode('mixed', .2, 'magnitude')).compress(up, {}, None)
+    length(budgeted)  # under a budget such an entry has no gain at 16 bits
+    assert torch.isfinite(left['w']).all()
 
 
 @pytest.mark.parametrize('rank', [1, 2, 5])
