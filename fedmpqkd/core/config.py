@@ -569,7 +569,10 @@ REVISIONS = (
     Revision(2, "users' networks draw from named streams; no layer used twice is folded",
              lambda c: bool(c.extension)),
     Revision(2, 'what stands behind tokens that were taken out sees what stands before them',
-             lambda c: c.token_select != 'none' and c.token_mode == 'input_drop'))
+             lambda c: c.token_select != 'none' and c.token_mode == 'input_drop'),
+    Revision(2, 'a budget near 3/32 of fp32, or for a small GPT, is planned at both prices of a place',
+             lambda c: c.uplink == 'mixed' and c.update_share > 0
+             and (1 / 16 < c.update_share < 0.141 or c.model.startswith('gpt-'))))
 
 # %% ../../nbs/core/01_config.ipynb #8f48fc68
 def algorithm_version(

@@ -174,6 +174,42 @@ def test_more_bytes_lose_less(tail):
     assert losses[-1] < 1e-6 * losses[0]
 
 
+@pytest.mark.parametrize('d, spread, worst', [
+    (30, 0, 2), (300, 0, 1.05), (300, 1, 1.05), (2048, 0, 1), (2048, 1, 1), (20_000, 1, 1), (100_000, 1, 1)])
+def test_more_bytes_lose_less_where_the_price_of_a_place_changes(d, spread, worst):
+    "Also at the edges of the band in which both are tried. Of few entries, one that does not fit matters."
+    near, wide = [3 / 32 - 1e-4, 3 / 32 + 1e-4, 9 / 64 - 1e-3, 9 / 64 + 1e-3], [.0625, .07, .08, .1, .11, .12]
+    if d < 1000: wide = np.linspace(.18 if d < 100 else .06, .3, 20)
+    shares = sorted(near if d > 50_000 else [*near, *wide])
+    for seed in range(6 if d < 1000 else 2):
+        rng = np.random.default_rng(seed)
+        delta = (rng.standard_normal(d) * np.exp(rng.normal(size=d) * spread)).astype(np.float32)
+        fisher, sizes = rng.gamma(.3, size=d), [d // 2, d - d // 2]
+        budgets = [b for b in (int(4 * d * s) for s in shares) if b >= 20]
+        losses = [lost(delta, fisher, plan(delta, fisher, sizes, b), sizes) for b in budgets]
+        for n in range(1, len(losses)): assert losses[n] <= worst * min(losses[:n]), (seed, budgets[n])
+
+
+every = np.array(list(product(range(4), repeat=6)), np.uint8)  # [4^6, 6]
+lengths = np.array([int(body_bytes(tags, np.array([6]))[0]) + HEAD for tags in every])
+
+
+@quick
+@given(st.integers(0, 2**31), st.integers(9, 26))
+def test_a_small_update_has_the_better_of_two_plans(seed, budget):
+    "Never below the best of all 4^6 assignments that fit, never above what either price of a place buys."
+    delta, fisher = drawn(seed, [6])
+    sizes = np.array([6])
+    weight = fisher / fisher.max()
+    cost = errors_of(delta, sizes, scales_before(delta, sizes)) * weight
+    loss = cost[every, np.arange(6)].sum(1)
+    reached = cost[plan(delta, fisher, sizes, budget).tags, np.arange(6)].sum()
+    assert reached >= loss[lengths <= budget].min() * (1 - 1e-5)
+    for where in (0, 8):
+        tags = spend(hull_moves(cost, where), 6, budget, lambda t: int(body_bytes(t, sizes)[0]) + HEAD)
+        assert reached <= cost[tags, np.arange(6)].sum() * (1 + 1e-5)
+
+
 def test_importance_wins_by_its_own_measure():
     "And magnitude by its own; at equal bytes, against Top-k in half precision and random entries."
     sizes = [5000]
