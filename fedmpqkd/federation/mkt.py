@@ -491,7 +491,8 @@ def sent(
     "To the other side."
     data = encode_logits(message, c.value_bits, c.index_bits)
     known = party.number, message.round, party.vocabulary, c.top_k, party.positions
-    return decode_logits(data, *known), len(data)
+    tail = c.tail and c.compat == 'sound'
+    return decode_logits(data, *known, c.value_bits, c.index_bits, tail), len(data)
 
 # %% ../../nbs/federation/12h_mkt.ipynb #d8578c09
 # long: small functions that are read together

@@ -61,6 +61,9 @@ def encode_logits(
     if m.vocabulary > 2**index_bits:
         raise WireError(f'{m.vocabulary} tokens do not fit into {index_bits} bits; use 32')
     positions, k = m.values.shape
+    told = dict(K=(k, 16), round=(m.round, 32), sender=(m.sender, 32), vocabulary=(m.vocabulary, 32))
+    for what, (n, bits) in told.items():
+        if not 0 <= n < 2**bits: raise WireError(f'{what}={n} does not fit into {bits} bits')
     real, number = f'<f{value_bits // 8}', f'<u{index_bits // 8}'
     flags = value_bits // 8, index_bits // 8 | (m.rest is not None) << 7
     head = struct.pack('<' + HEAD, MAGIC, VERSION, *flags, m.round, m.sender, m.vocabulary, len(m.lengths), k,
@@ -98,22 +101,25 @@ def decode_logits(  # long: what is known, and what is compared with it
     vocabulary: int,  # of the sender
     k: int,  # agreed on
     lengths: Tensor,  # int64 [N]: positions of each text in the sender's tokens
+    value_bits: int = 32,  # agreed on, as for `encode_logits`
+    index_bits: int = 32,
+    tail: bool = True,  # is the mass of the other tokens told?
 ) -> LogitMessage:
     "Read a message, or refuse it."
     reader = begin(data, MAGIC)
     reader.at = 0
     _, _, real, number, *claims, positions = reader.fields(HEAD)
     verify(data)
-    rest, number = bool(number & 128), number & 127
-    if real not in (2, 4) or number not in (2, 4): raise WireError('unknown width of a number')
-    due = dict(round=round, sender=sender, vocabulary=vocabulary, texts=len(lengths), K=k)
-    for (what, wanted), claimed in zip(due.items(), claims, strict=True):
+    due = {'bits of a value': value_bits, 'bits of a token number': index_bits, 'tail': int(tail),
+           'round': round, 'sender': sender, 'vocabulary': vocabulary, 'texts': len(lengths), 'K': k}
+    told = 8 * real, 8 * (number & 127), number >> 7, *claims
+    for (what, wanted), claimed in zip(due.items(), told, strict=True):
         if claimed != wanted: raise WireError(f'{what} {claimed} where {wanted} is due')
-    values, count = f'<f{real}', len(lengths)
+    values, count = f'<f{value_bits // 8}', len(lengths)
     found = LogitMessage(
         round, sender, vocabulary, _numbers(reader, '<u4', count), _numbers(reader, '<f4', count),
-        _numbers(reader, values, positions, k), _numbers(reader, f'<u{number}', positions, k),
-        _numbers(reader, values, positions) if rest else None)
+        _numbers(reader, values, positions, k), _numbers(reader, f'<u{index_bits // 8}', positions, k),
+        _numbers(reader, values, positions) if tail else None)
     reader.done()
     if not torch.equal(found.lengths, lengths): raise WireError('other lengths than those of the texts')
     _check_content(found)

@@ -30,7 +30,11 @@ def test_what_arrives_is_what_was_sent_and_as_long_as_was_said(lengths, k, value
     data = encode_logits(m, value_bits, index_bits)
     size = message_size(lengths, k, 40, value=f"fp{value_bits}", index_bits=index_bits, tail=tail)
     assert len(data) == size.total + 34  # header and checksum
-    found = decode_logits(data, **KNOWN | dict(k=k, lengths=torch.tensor(lengths)))
+    agreed = dict(value_bits=value_bits, index_bits=index_bits, tail=tail)
+    found = decode_logits(data, **KNOWN | dict(k=k, lengths=torch.tensor(lengths)), **agreed)
+    for other in (dict(value_bits=48 - value_bits), dict(index_bits=48 - index_bits), dict(tail=not tail)):
+        with pytest.raises(WireError, match="is due"):
+            decode_logits(data, **KNOWN | dict(k=k, lengths=torch.tensor(lengths)), **agreed | other)
     assert torch.equal(found.index, m.index) and torch.equal(found.losses, m.losses)
     torch.testing.assert_close(found.values, m.values, rtol=0 if value_bits == 32 else 1e-3, atol=1e-3)
     assert (found.rest is None) == (not tail)
@@ -65,6 +69,24 @@ def test_claims_are_checked(change, message):
 
 def test_16_bits_hold_65536_tokens_and_no_more():
     m = replace(a_message(), vocabulary=65_536, index=torch.tensor([[65_535, 1, 2]] * 3))
-    assert decode_logits(encode_logits(m, 16, 16), **KNOWN | dict(vocabulary=65_536)).index[0, 0] == 65_535
+    known = KNOWN | dict(vocabulary=65_536, value_bits=16, index_bits=16)
+    assert decode_logits(encode_logits(m, 16, 16), **known).index[0, 0] == 65_535
     with pytest.raises(WireError, match="65537 tokens do not fit into 16 bits; use 32"):
         encode_logits(replace(m, vocabulary=65_537), 16, 16)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(round=-1), "round=-1"), (dict(round=2**32), "round=4294967296"), (dict(sender=-1), "sender=-1"),
+    (dict(vocabulary=2**32), "vocabulary=4294967296")])
+def test_numbers_that_a_header_cannot_hold_are_refused_in_a_sentence(change, message):
+    with pytest.raises(WireError, match=f"{message} does not fit into 32 bits"):
+        encode_logits(replace(a_message(), **change))
+
+
+def test_a_row_of_65535_logits_is_the_longest():
+    row = torch.arange(65_536)[None].flip(1)
+    m = LogitMessage(3, 2, 70_000, torch.tensor([1]), torch.zeros(1), row[:, :-1].float(), row[:, :-1])
+    known = KNOWN | dict(vocabulary=70_000, lengths=torch.tensor([1]), k=65_535, tail=False)
+    assert torch.equal(decode_logits(encode_logits(m), **known).index, m.index)
+    with pytest.raises(WireError, match="K=65536 does not fit into 16 bits"):
+        encode_logits(replace(m, values=row.float(), index=row))
