@@ -572,7 +572,9 @@ REVISIONS = (
              lambda c: c.token_select != 'none' and c.token_mode == 'input_drop'),
     Revision(2, 'a budget near 3/32 of fp32, or for a small GPT, is planned at both prices of a place',
              lambda c: c.uplink == 'mixed' and c.update_share > 0
-             and (1 / 16 < c.update_share < 0.141 or c.model.startswith('gpt-'))))
+             and (1 / 16 < c.update_share < 0.141 or c.model.startswith('gpt-'))),
+    Revision(2, 'a share of the tokens is rounded up as exact arithmetic has it: 15 of 100 are .15, not 16',
+             lambda c: c.token_select != 'none' and c.token_share * 8 % 1 > 0))
 
 # %% ../../nbs/core/01_config.ipynb #8f48fc68
 def algorithm_version(

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -106,7 +107,8 @@ def chosen_tokens(
     order = torch.argsort(worth, dim=-1, descending=True, stable=True)
     place = torch.argsort(order, dim=-1)
     number = ranked.sum(-1, keepdim=True)
-    keep = torch.ceil(share * number - 1e-9).clamp_min(1)
+    part, whole = Fraction(share).limit_denominator(10**6).as_integer_ratio()  # .15 is 3 of 20
+    keep = ((part * number + whole - 1) // whole).clamp_min(1)
     return (place < keep) & ranked
 
 # %% ../../nbs/learn/09k_sensitivity.ipynb #8b075e57

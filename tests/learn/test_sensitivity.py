@@ -85,6 +85,17 @@ def test_the_number_that_is_chosen(share):
         assert sorted(order[:int(k.sum())]) == k.nonzero().flatten().tolist()
 
 
+def test_shares_are_rounded_up_from_decimals_not_from_their_neighbours():
+    "Every hundredth of every number to 300, against fractions; .15 of 100 tokens are 15."
+    from fractions import Fraction
+    from math import ceil
+    numbers = torch.arange(1, 301)
+    ranked = torch.arange(300) < numbers[:, None]
+    for hundredths in range(1, 101):
+        found = chosen_tokens(torch.zeros(300, 300), ranked, hundredths / 100).sum(1).tolist()
+        assert found == [max(1, ceil(Fraction(hundredths, 100) * n)) for n in numbers.tolist()]
+
+
 def test_a_constant_score_is_its_own_mean():
     table = TokenTable(5)
     for n in range(4):
