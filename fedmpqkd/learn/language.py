@@ -275,7 +275,7 @@ def packed(
     shared = equal.all(1).long().cumprod(-1).sum(-1)[:, None]  # [n, 1]
     added = (size - shared).clamp(min=0)
     begin = shared + added.cumsum(1) - added
-    place = torch.where(t < shared[..., None], t, (begin - shared)[..., None] + t)  # [n, O, T]
+    place = torch.where(t < shared[..., None], t, (begin - shared)[..., None] + t) * real  # [n, O, T]
     length = shared[:, 0] + added.sum(1)
     item = torch.arange(len(x))[:, None, None].expand_as(x)
     fresh = torch.full((len(x), max(1, int(length.max()))), -1)

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from fedmpqkd.core.streams import torch_rng
-from fedmpqkd.data.text import load_text
+from fedmpqkd.data.text import Item, TextData, load_text
 from fedmpqkd.federation.methods import make_config
 from fedmpqkd.federation.rounds import open_run
 from fedmpqkd.federation.run import run
@@ -72,6 +72,28 @@ def test_options_are_scored_as_one_by_one():
     labels = [item.label for item in task.data.test_items]
     right = [int((r[:, 0] / r[:, 3]).argmin()) == n for r, n in zip(found, labels, strict=True)]
     assert line["accuracy"] == line["accuracy_byte"] == pytest.approx(100 * sum(right) / len(right))
+
+
+@pytest.mark.parametrize("options", [
+    [("abc def", "hij klm"), ("abc", "def", "ghi")],  # nothing is shared; the longest item has fewer options
+    [("abc", "def", "ghi"), ("abc def", "abd"), ("xyz", "xy")], [("ab", "cd"), ("ef", "gh", "ij", "kl")]])
+def test_options_without_a_prompt_are_scored_as_one_by_one(options):
+    "Bytes are tokens; nothing stands in front of the first one, so it is not predicted."
+    items = tuple(Item("", o, key=str(n)) for n, o in enumerate(options))
+    train = (Item("say", (" yes", " no"), key="t"),)
+    c = make_config("fedavg", **FIELDS | dict(tokenizer="bytes"), text_kind="choice")
+    task = LanguageTask(language_data(TextData("own", "choice", train, items), c))
+    model, inner = task.network(c).eval(), task.data.coder.inner
+    with torch.no_grad():
+        found = task.outputs(model, task.test_samples, task.test_targets)
+        for item, row in zip(items, found, strict=True):
+            assert not row[len(item.options):].any()
+            for option, (nll, tokens, _, size) in zip(item.options, row, strict=False):
+                whole = inner.encode(option, add_special_tokens=False).ids
+                logp = model.causal(input_ids=torch.tensor([whole])).logits[0].log_softmax(-1)
+                byhand = -sum(float(logp[j - 1, whole[j]]) for j in range(1, len(whole)))
+                assert (int(tokens), int(size)) == (len(whole) - 1, len(option))
+                assert nll.item() == pytest.approx(byhand, rel=1e-4)
 
 
 def test_missing_options_never_win():
