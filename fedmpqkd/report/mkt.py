@@ -176,10 +176,11 @@ def plot_mkt(
     for n, row in enumerate(some):
         right.plot([row['ci_low'], row['ci_high']], [n, n], color='C7', lw=1)
         right.plot(row['difference'], n, 'o', ms=3, color='C0' if row['who'] == 'server' else 'C1')
-    names = [f"{WHO[r['who']].removeprefix('the ')}, minus {r['b']}" for r in some]
+    names = [f"{WHO[r['who']].removeprefix('the ')}, {r['b']}" for r in some]
     right.set_yticks(range(len(some)), names)
     right.axvline(0, color='k', lw=0.6)
-    right.set_xlabel('FedMKT minus another method, points')
+    right.tick_params(labelsize=8)
+    right.set_xlabel('FedMKT minus it, points')
 
 # %% ../../nbs/report/17j_mkt.ipynb #05096001
 def mkt_page(records: Sequence[Mapping[str, Any]]) -> str:
