@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MKT_METHODS', 'LIES', 'MktConfig', 'Party', 'parsed', 'build_party_model', 'dealt', 'parties', 'counted_rows',
            'following', 'whole_losses', 'party_message', 'Line', 'connect', 'moved', 'batches', 'descended', 'mean_of',
-           'trained_privately', 'healed', 'learned_from', 'believed', 'Lesson', 'lesson', 'sent', 'test_accuracy',
-           'averaged', 'exchange', 'one_round', 'centralised', 'play_mkt']
+           'trained_privately', 'healed', 'learned_from', 'believed', 'Lesson', 'lesson', 'for_half', 'sent',
+           'test_accuracy', 'averaged', 'exchange', 'one_round', 'centralised', 'play_mkt']
 
 # %% ../../nbs/federation/12h_mkt.ipynb #24fef432
 import dataclasses
@@ -432,7 +432,7 @@ def learned_from(
 def believed(
     message: LogitMessage,
     sender: Party,
-    tolerance: float = 0.01,  # nats per token, for values of 16 bits
+    tolerance: float = 0.01,  # nats per token; a thousandth of the bound comes on top, for values of 16 bits
 ) -> np.ndarray:  # float [N]: the reported losses; infinite where the logits contradict them
     "Reports that the logits allow."
     labels = sender.public.labels
@@ -440,7 +440,8 @@ def believed(
     _, bound = logit_losses(found, labels[labels != IGNORED], sender.vocabulary)
     owner = torch.arange(len(labels)).repeat_interleave(sender.positions)
     least = torch.zeros(len(labels)).index_add_(0, owner, bound) / sender.positions
-    return torch.where(message.losses >= least - tolerance, message.losses, torch.inf).double().numpy()
+    allowed = message.losses >= 0.999 * least - tolerance
+    return torch.where(allowed, message.losses, torch.inf).double().numpy()
 
 
 @dataclass(eq=False)
@@ -483,12 +484,21 @@ def lesson(
     return Lesson(TopK(pick[0], pick[1], rest), chosen, np.where(chosen, numbers[best], -1), changes)
 
 # %% ../../nbs/federation/12h_mkt.ipynb #7d9182e1
+def for_half(message: LogitMessage) -> LogitMessage:
+    "The same distributions with the largest logit at zero, where half precision is finest."
+    top = message.values[:, :1]
+    low = torch.finfo(torch.float16).min
+    rest = None if message.rest is None else (message.rest - top[:, 0]).clamp(min=low)
+    return dataclasses.replace(message, values=(message.values - top).clamp(min=low), rest=rest)
+
+
 def sent(
     message: LogitMessage,
     party: Party,
     c: MktConfig,
 ) -> tuple[LogitMessage, int]:  # as it arrives; bytes
     "To the other side."
+    if c.value_bits == 16: message = for_half(message)
     data = encode_logits(message, c.value_bits, c.index_bits)
     known = party.number, message.round, party.vocabulary, c.top_k, party.positions
     tail = c.tail and c.compat == 'sound'

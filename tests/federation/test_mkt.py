@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmpqkd.data.text import Item, TextData, load_text
+from fedmpqkd.data.text import IGNORED, Item, TextData, load_text
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -92,6 +92,30 @@ def test_honest_reports_are_believed_in_16_bits_too(facts):
     for p in (one, two):
         message, _ = sent(party_message(p, c, 0), p, c)
         assert np.isfinite(believed(message, p)).all()
+
+
+@pytest.mark.parametrize("level", [-80, 0, 40, 500])
+def test_honest_losses_fit_logits_of_16_bits_at_every_level(facts, level):
+    "Softmax does not see a constant; half precision at 80 has steps of .06, at zero of less than .001."
+    from fedmpqkd.federation.mkt import believed, for_half, sent
+    c = MktConfig(value_bits=16, index_bits=16, check=True, **FEW)
+    (_, one, _), _ = parties(facts, c)
+    message = party_message(one, c, 0)
+    moved_up = dataclasses.replace(message, values=4 * message.values + level,
+                                   rest=None if message.rest is None else 4 * message.rest + level)
+    exact = for_half(moved_up)
+    there, size = sent(moved_up, one, c)
+    assert (there.values - exact.values).abs().max() < 2**-11 * exact.values.abs().max() + 1e-6
+    assert there.values[:, 0].eq(0).all() and size == sent(message, one, c)[1]
+    labels = one.public.labels[one.public.labels != IGNORED]
+    from fedmpqkd.learn.alignment import TopK
+    from fedmpqkd.learn.dualmince import logit_losses
+    _, bound = logit_losses(TopK(exact.values, exact.index, exact.rest), labels, one.vocabulary)
+    owner = torch.arange(len(one.public)).repeat_interleave(one.positions)
+    honest = torch.zeros(len(one.public)).index_add_(0, owner, bound) / one.positions
+    told = dataclasses.replace(there, losses=honest)
+    assert np.isfinite(believed(told, one)).all()
+    assert np.isinf(believed(dataclasses.replace(there, losses=0.9 * honest - 0.1), one)).all()
 
 
 def test_the_official_code_learns_from_itself(facts):
