@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ALMANAC', 'TEMPLATES', 'WORDS', 'SCHEMAS', 'IGNORED', 'Item', 'almanac_rows', 'words_of', 'almanac_item',
-           'marked_options', 'choice_item', 'class_names', 'class_item', 'answer_item', 'kind_of', 'speeches',
-           'articles', 'items_hash', 'TextData', 'hold_out', 'not_empty', 'split_files', 'read_rows', 'plain_items',
-           'row_item', 'set_items', 'texts_at_hand', 'text_folder', 'read_set', 'load_text', 'natural_labels',
-           'natural_split', 'next_token_labels', 'Encoded', 'Encoder', 'Letters', 'TokenBatch', 'tokenise',
-           'target_pairs', 'option_pairs']
+           'all_texts', 'marked_options', 'choice_item', 'class_names', 'class_item', 'answer_item', 'kind_of',
+           'speeches', 'articles', 'items_hash', 'TextData', 'hold_out', 'not_empty', 'split_files', 'read_rows',
+           'file_and_row', 'plain_items', 'row_item', 'set_items', 'texts_at_hand', 'text_folder', 'the_only_file',
+           'read_set', 'load_text', 'natural_labels', 'natural_split', 'next_token_labels', 'Encoded', 'Encoder',
+           'Letters', 'TokenBatch', 'tokenise', 'target_pairs', 'option_pairs']
 
 # %% ../../nbs/data/02b_text.ipynb #68df838f
 import hashlib
@@ -158,23 +158,35 @@ def almanac_item(
     place = zlib.crc32(str(number).encode()) % 4
     return Item(prompt, (*wrong[:place], right, *wrong[place:]), place, **common)
 
+# %% ../../nbs/data/02b_text.ipynb #b2f9d0e6
+def all_texts(
+    values: Any,  # of a row
+    what: str,  # for the message
+) -> list[str]:  # the same
+    "Refuse a list of texts that is none, or that lacks one."
+    for value in [values] if values is None else values:
+        if not isinstance(value, str): raise DamagedData(f'{what} is {value!r}, which is no text')
+    return list(values)
+
 # %% ../../nbs/data/02b_text.ipynb #f01a44dd
 def marked_options(
     row: Mapping[str, Any],  # of a multiple-choice set
 ) -> tuple[list[str], list[str], str]:  # texts, their marks, the mark of the right one
     "Options of ARC, OpenBookQA, CommonsenseQA (`choices`), MedMCQA (`opa`...) or MedQA (`options`)."
-    if 'choices' in row: return row['choices']['text'], row['choices']['label'], row['answerKey']
+    if 'choices' in row:
+        found = row['choices'] or {'text': None, 'label': None}
+        return found['text'], found['label'], row['answerKey']
     if 'opa' in row: return [row['op' + c] for c in 'abcd'], list('0123'), str(row['cop'])
-    found = {mark: text for mark, text in row['options'].items() if text is not None}
+    found = {mark: text for mark, text in (row['options'] or {}).items() if text is not None}
     return list(found.values()), list(found), row['answer_idx']
 
 
 def choice_item(row: Mapping[str, Any], template: str) -> Item:
     "Multiple choice."
-    texts, marks, right = marked_options(row)
-    if right not in marks: raise DamagedData(f'the answer {right!r} is none of the choices {marks}')
+    said, marks, right = marked_options(row)
+    if right not in (marks or []): raise DamagedData(f'the answer {right!r} is none of the choices {marks}')
     question = row['question'] if 'question' in row else row['question_stem']
-    options = tuple(' ' + text.strip() for text in texts)
+    options = tuple(' ' + text.strip() for text in all_texts(said, 'a choice'))
     prompt = template.format(**dict(row) | {'question': question})
     return Item(prompt, options, marks.index(right), group=row.get('question_concept') or '')
 
@@ -192,19 +204,20 @@ def class_item(row: Mapping[str, Any], template: str, names: tuple[str, ...] | N
     "Classification by verbalised label: `label`, a truth value `answer`, or a word `final_decision`."
     if 'final_decision' in row: names, label = ('yes', 'no', 'maybe'), row['final_decision']
     elif 'label' in row: label = row['label']
-    else: names, label = ('False', 'True'), int(row['answer'])
+    else: names, label = ('False', 'True'), None if row['answer'] is None else int(row['answer'])
     if names is None: raise DamagedData('the file does not say what its labels are called')
+    if label is None: raise DamagedData('a row without a label')
     if isinstance(label, str): label = names.index(label) if label in names else -1
     if not 0 <= label < len(names): raise DamagedData(f'a label is outside the classes {names}')
-    context = row['context']['contexts'] if row.get('context') else []
+    context = all_texts(row['context']['contexts'], 'a context') if row.get('context') else []
     text = '\n'.join([*context, row.get('text') or row.get('question') or ''])
     return Item(template.format(**dict(row) | {'text': text.strip()}), words_of(names), label)
 
 # %% ../../nbs/data/02b_text.ipynb #b762cd57
 def answer_item(row: Mapping[str, Any], template: str) -> Item:
     "A question with reference answers, and with a paragraph if there is one."
-    found = row['answers']['text'] if 'answers' in row else [row['answer']]
-    references = tuple(dict.fromkeys(' ' + text.strip() for text in found))
+    found = (row['answers'] or {'text': None})['text'] if 'answers' in row else [row['answer']]
+    references = tuple(dict.fromkeys(' ' + text.strip() for text in all_texts(found, 'an answer')))
     if not references: raise DamagedData('a question without an answer')
     head = row['context'] + '\n' if row.get('context') else ''
     return Item(head + template.format(**row), references=references)
@@ -330,6 +343,16 @@ def read_rows(
         rows += table.to_pylist()
     return rows, schema
 
+# %% ../../nbs/data/02b_text.ipynb #3ce8a7f4
+def file_and_row(
+    files: Sequence[Path],  # that have been read
+    row: int,  # of all of them
+) -> str:
+    "Where a row stands."
+    sizes = [pq.read_metadata(path).num_rows for path in files]
+    n = int(np.searchsorted(np.cumsum(sizes), row, side='right'))
+    return f'{files[n]} row {row - sum(sizes[:n])}'
+
 # %% ../../nbs/data/02b_text.ipynb #a9f3aee4
 def plain_items(
     rows: Sequence[Mapping[str, Any]],  # of a set of plain text
@@ -377,7 +400,7 @@ def set_items(
         try:
             items.append(replace(row_item(row, kind, form, schema), key=str(key)))
         except ValueError as error:
-            raise DamagedData(f'{files[0]} row {n}: {error}') from error
+            raise DamagedData(f'{file_and_row(files, n)}: {error}') from error
     return kind, not_empty(items, skipped)
 
 # %% ../../nbs/data/02b_text.ipynb #c0947b24
@@ -410,6 +433,19 @@ def text_folder(
         f'schema of the Hugging Face hub, in DIR/{name} and pass data_dir=DIR or set $FEDMPQKD_DATA=DIR; '
         "'almanac' needs no files.")
 
+# %% ../../nbs/data/02b_text.ipynb #fa50d2c7
+def the_only_file(
+    folder: Path,  # of a set whose files are not named after parts
+) -> list[Path]:  # one
+    "The Parquet file of a folder; an error if there is none, or more than one."
+    found = sorted(folder.glob('*.parquet'))
+    if not found: raise DataMissing(f'{folder}: no Parquet files')
+    if len(found) > 1:
+        some = ', '.join(f.name for f in found[:3])
+        raise DamagedData(f'{folder}: {len(found)} files, {some}, do not say which part of the set they '
+                          'are; call them train.parquet and test.parquet, or train-00000-of-00002.parquet')
+    return found
+
 # %% ../../nbs/data/02b_text.ipynb #ed5baf6c
 def read_set(
     name: str,
@@ -418,9 +454,7 @@ def read_set(
 ) -> TextData:
     "A text set from one folder that holds its parts."
     found = {part: files for part in ('train', 'validation', 'test') if (files := split_files(folder, part))}
-    if not found:
-        found = {f.stem: [f] for f in sorted(folder.glob('*.parquet'))[:1]}
-    if not found: raise DataMissing(f'{folder}: no Parquet files')
+    if not found: found = {'train': the_only_file(folder)}
     skipped: Counter[str] = Counter()
     parts = {part: set_items(files, name, template, skipped) for part, files in found.items()
              if not (part == 'validation' and 'test' in found and 'train' in found)}

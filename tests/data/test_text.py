@@ -98,6 +98,51 @@ def test_a_bad_label_names_file_and_row(tmp_path: Path, row: dict, message: str)
     with pytest.raises(DamagedData, match=f"train.parquet row 1: .*{message}"): load_text("s", tmp_path)
 
 
+SQUAD = {"question": "who?", "context": "Ann did.", "answers": {"text": ["Ann"], "answer_start": [0]}}
+OPA = {"question": "q", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 3}
+
+
+@pytest.mark.parametrize("good, bad, message", [
+    (SQUAD, {"answers": {"text": [None], "answer_start": [0]}}, "an answer is None"),
+    (SQUAD, {"answers": {"text": ["Ann", None], "answer_start": [0, 0]}}, "an answer is None"),
+    (SQUAD, {"answers": {"text": None, "answer_start": None}}, "an answer is None"),
+    (SQUAD, {"answers": None}, "an answer is None"), (SQUAD, {"answers": {"text": []}}, "without an answer"),
+    ({"question": "1 + 1?", "answer": "2"}, {"answer": None}, "an answer is None"),
+    ({"question": "is it", "answer": True}, {"answer": None}, "without a label"),
+    (ARC, {"choices": {"text": ["a", None], "label": ["1", "2"]}}, "a choice is None"),
+    (ARC, {"choices": {"text": None, "label": ["1", "2"]}}, "a choice is None"),
+    (ARC, {"choices": None}, "none of the choices"), (OPA, {"opb": None}, "a choice is None"),
+    ({"question": "q", "options": {"A": "x", "B": "y"}, "answer_idx": "B"}, {"options": None},
+     "none of the choices"),
+    ({"text": "a", "label": 0}, {"label": None}, "without a label"),
+    ({"question": "q", "context": {"contexts": ["c"]}, "final_decision": "no"},
+     {"context": {"contexts": [None]}}, "a context is None")])
+def test_what_is_null_names_file_and_row(tmp_path: Path, good: dict, bad: dict, message: str):
+    "In the second shard, whose rows are counted from its own beginning."
+    shards = {"train-00000-of-00002": [good] * 3, "train-00001-of-00002": [good, good | bad], "test": [good]}
+    for part, rows in shards.items():
+        table = pa.Table.from_pylist(rows, pa.Table.from_pylist([good]).schema)
+        info = {"info": {"features": {"label": {"names": ["no", "yes"]}}}}
+        (tmp_path / "s").mkdir(exist_ok=True)
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(info)}),
+                       tmp_path / "s" / f"{part}.parquet")
+    with pytest.raises(DamagedData, match=f"train-00001-of-00002.parquet row 1: .*{message}"):
+        load_text("s", tmp_path)
+
+
+def test_files_that_do_not_say_their_part_are_refused_unless_there_is_one(tmp_path: Path):
+    rows = [{"question": f"{n}?", "answer": str(n)} for n in range(60)]
+    write(tmp_path / "s", "a", rows)
+    assert len(load_text("s", tmp_path).train) + len(load_text("s", tmp_path).test) == 60
+    write(tmp_path / "s", "b", rows)
+    with pytest.raises(DamagedData, match="2 files, a.parquet, b.parquet, do not say which part"):
+        load_text("s", tmp_path)
+    write(tmp_path / "s", "train", rows)
+    assert len(load_text("s", tmp_path).train) + len(load_text("s", tmp_path).test) == 60
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataMissing, match="no Parquet files"): load_text("none", tmp_path)
+
+
 def test_a_set_with_one_part_keeps_paragraphs_together(tmp_path: Path):
     for lang in ("de", "en"):
         rows = [{"question": f"{lang} {p}.{q}?", "context": f"{lang} {p}",
