@@ -358,19 +358,26 @@ def unpacked(
     folder: Path | None = None,  # where its safetensors go; None: the cache folder
 ) -> Path:  # a folder for `from_pretrained`
     "A GGUF file as a folder of safetensors, made once."
+    from tempfile import TemporaryDirectory
+
     stamp = f'{gguf.stem}-{gguf.stat().st_size:x}'
     target = (cache_folder() / 'models' if folder is None else folder) / stamp
     if (target / 'config.json').exists(): return target
-    tf, part = hub(), target.with_name(f'{stamp}.part')
+    tf = hub()
     found = tf.AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     plain = found.config.to_dict()
     plain.pop('quantization_config', None)
     model = type(found)(type(found.config).from_dict(plain))
     model.load_state_dict(found.state_dict())
-    model.save_pretrained(part)
-    tf.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(part)
-    part.replace(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f'{stamp}.') as own:  # others may do the same right now
+        part = Path(own) / 'part'
+        model.save_pretrained(part)
+        tf.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(part)
+        try: part.replace(target)
+        except OSError:
+            if not (target / 'config.json').exists(): raise
     return target
 
 # %% ../../nbs/models/04a_language.ipynb #3e162d42
