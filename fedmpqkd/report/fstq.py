@@ -291,7 +291,7 @@ def prompt_lines(
     path = results / 'exp7' / 'reduction.json'
     if not path.exists(): return []
     found, names = read_record(path), ('model', 'dataset')
-    same = any(all(r['config'][k] == found['config'][k] for k in names) for r in records)
+    same = any(all(r['config'][k] == found[k] for k in names) for r in records)
     return list(found['lines']) if same else []
 
 

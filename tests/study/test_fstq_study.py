@@ -67,6 +67,20 @@ def test_tables(outcome, tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "runs" / "generated").iterdir()} == {"exp7.md", "exp7.pdf"}
 
 
+def test_shorter_prompts_are_shown_next_to_their_own_model_only(outcome):
+    "The committed measurement is of SmolLM2 on XQuAD; a small GPT on the almanac has none."
+    from conftest import ROOT
+
+    from fedmpqkd.report.fstq import prompt_lines
+    from fedmpqkd.study.records import load_records
+    assert prompt_lines(ROOT / "results", outcome.records) == []
+    lines = prompt_lines(ROOT / "results", load_records(ROOT / "results", "exp7", "study"))
+    assert [(x["rule"], x["share"]) for x in lines[:2]] == [("whole", 1.0), ("sensitivity", 0.7)]
+    lost = {(x["rule"], x["share"]): x["lost"] for x in lines}
+    assert lost["random", 0.3] > lost["random", 0.5] > lost["random", 0.7] > 0  # fewer tokens tell less
+    assert (fstq_claims(outcome.records, lines).measured != "").sum() == 3
+
+
 def test_paper_is_a_configuration():
     runs = runs_of("paper")
     assert {c.model for c in runs} == {"meta-llama/Meta-Llama-3-8B"} and {c.clients for c in runs} == {100}
