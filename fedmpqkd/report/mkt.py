@@ -185,7 +185,7 @@ def plot_mkt(
 # %% ../../nbs/report/17j_mkt.ipynb #05096001
 def mkt_page(records: Sequence[Mapping[str, Any]]) -> str:
     "All tables, as Markdown."
-    tables = [mkt_table(records), mkt_pairs(records), mkt_choices(records), mkt_claims(records)]
+    tables = [mkt_table(records).round(2), mkt_pairs(records), mkt_choices(records), mkt_claims(records)]
     return '\n\n'.join([*(to_markdown(t) for t in tables if len(t)), mkt_reading(records)]) + '\n'
 
 
