@@ -135,7 +135,9 @@ def plot_fstq(
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
     data = fstq_curves(records)
-    data, kinds = data[data.method.isin(LABELS)], list(data.optimizer.unique())
+    data = data[data.method.isin(LABELS)]
+    several = data.groupby('optimizer').method.nunique()
+    kinds = list(several[several > 1].index) or list(several.index)  # one row alone compares nothing
     figure = figure or plt.figure(figsize=(2 + 2.6 * len(kinds), 2.8), layout='constrained')
     inks = {m: f'C{n}' for n, m in enumerate(LABELS)}
     for ax, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
