@@ -305,9 +305,9 @@ def test_soft_labels_by_definition(digits, teacher, name, passes):
 
 
 def test_stronger_augmentations_confuse_the_teacher(digits, teacher):
-    "A positive control: the metric sees a difference."
+    "A positive control: the metric sees a difference. Its other part, dev, differs by less than processors."
     none, strong = (measure(teacher, digits, n) for n in ("none", "autoaugment-svhn"))
-    assert strong.dev > none.dev and strong.cmi > none.cmi
+    assert strong.cmi > 1.5 * none.cmi
 
 
 def test_crops_are_the_same_for_all_augmentations(digits):

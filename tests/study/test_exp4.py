@@ -61,6 +61,7 @@ def test_a_whole_study_is_read_without_its_data(tmp_path: Path, monkeypatch, cap
 
     monkeypatch.setattr(lowbit_study, 'load_task', missing)
     capsys.readouterr()
+    lowbit_study.say_missing.cache_clear()  # it is said once a process
     again = run_study('smoke', results_dir=str(tmp_path), **given)
     assert 'finished runs are taken from their records' in capsys.readouterr().out
     assert again == whole and again.others and again.alone

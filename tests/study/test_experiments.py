@@ -46,6 +46,7 @@ def test_finished_runs_are_read_without_their_data(tmp_path: Path, monkeypatch, 
     def missing(*_): raise DataMissing("no shards")
 
     monkeypatch.setattr(experiments, "load_task", missing)
+    experiments.say_missing.cache_clear()  # it is said once a process
     assert run_sweep([there]) == first
     assert "digits is not here" in capsys.readouterr().out
     with pytest.raises(DataMissing): run_sweep([other])  # it would have to be computed
@@ -66,7 +67,7 @@ def test_command_line_runs_an_experiment_without_papermill(tmp_path: Path):
     (("exp1", "--alph", "1.0"), "Did you mean one of: '--alpha'"),
     (("exp1", "--preset", "huge"), "allowed are auto, demo, smoke, mini, study, paper"),
     (("exp1", "--preset", "mini", "--data-dir", "nowhere"), "nowhere"),
-    (("exp7",), "No such command 'exp7'"),
+    (("exp9",), "No such command 'exp9'"),
     (("exp1", "--preset", "smoke", "--alpha", "-1"), "alpha=-1.0: must be finite and at least 0"),
 ])
 def test_command_line_refuses_at_the_door(words: tuple[str, ...], said: str, tmp_path: Path):
