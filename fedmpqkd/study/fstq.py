@@ -7,6 +7,7 @@ __all__ = ['BUDGETS', 'RATES', 'PAIR', 'SELECTIONS', 'qsgd_bits', 'points', 'con
            'shorter_prompts']
 
 # %% ../../nbs/study/16j_fstq.ipynb #5425464f
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from ..core.config import RunConfig, as_list, as_typed
-from ..core.journal import project_root
+from ..core.journal import project_root, write_atomic
 from ..core.machine import commit, environment
 from ..learn.language import LanguageTask
 from ..learn.reduction import reduction_lines, table_of
@@ -118,7 +119,8 @@ def runs_of(
 def _point_of(c: RunConfig) -> str:
     "', adamw, 2 %': where a run stands among those of its method and seed."
     share = f', {100 * c.update_share:g} %' if c.uplink == 'mixed' else ''
-    return f', {c.optimizer}{share}' + (f', {c.token_select}' if c.token_select != 'none' else '')
+    chosen = f', {c.token_select}:{c.token_mode}' if c.token_select != 'none' else ''
+    return f', {c.optimizer}{share}{chosen}'
 
 
 def run_fstq(
@@ -157,7 +159,7 @@ def shorter_prompts(
     table_texts: int = 16,  # training texts
     shares: Sequence[float] = (0.7, 0.5, 0.3),  # of the tokens that may go
 ) -> dict[str, Any]:  # the record: what was measured, of which run, on what
-    "Measure quality and seconds with fewer tokens in the prompts."
+    "Measure quality and seconds with fewer tokens in the prompts, and keep it in `exp7/reduction.json`."
     root = results or project_root() / 'results'
     data, journal = open_job(Job(c, str(root), group, data_dir))
     if not journal.model_path.exists():
@@ -169,7 +171,9 @@ def shorter_prompts(
     table = table_of(model.eval(), embedding_of(model), task, own, len(data.coder.vocabulary))
     lines = reduction_lines(model, task.test_samples[some], task.test_targets[some, -1], table, shares,
                             clock=time.process_time)
-    return dict(run=journal.id, method=c.method, seed=c.seed, model=c.model, dataset=c.dataset,
-                precision=c.precision, texts=len(some), table_texts=len(own),
-                clock=f'process time, threads: {torch.get_num_threads()}',
-                environment=environment(), commit=commit(), lines=lines)
+    record = dict(run=journal.id, method=c.method, seed=c.seed, model=c.model, dataset=c.dataset,
+                  precision=c.precision, texts=len(some), table_texts=len(own),
+                  clock=f'process time, threads: {torch.get_num_threads()}',
+                  environment=environment(), commit=commit(), lines=lines)
+    write_atomic(root / 'exp7' / 'reduction.json', (json.dumps(record, indent=1) + '\n').encode())
+    return record

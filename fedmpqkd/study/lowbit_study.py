@@ -366,7 +366,6 @@ def recorded(
     except StopIteration: return None
     return Study(preset, first, scores, students, alone, others, teachers, folder, root, declared)
 
-
 # %% ../../nbs/study/16g_lowbit_study.ipynb #239901d0
 def run_study(
     preset: str = 'auto',  # auto, demo, smoke, mini, digits, study, cifar100 or paper

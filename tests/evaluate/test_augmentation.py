@@ -305,7 +305,8 @@ def test_soft_labels_by_definition(digits, teacher, name, passes):
 
 
 def test_stronger_augmentations_confuse_the_teacher(digits, teacher):
-    "A positive control: the metric sees a difference. Its other part, dev, differs by less than processors."
+    """A positive control: the metric sees a difference. Only in cmi: this teacher's dev was larger with the
+    augmentation on one processor and smaller on another (4.08 against 4.14 without)."""
     none, strong = (measure(teacher, digits, n) for n in ("none", "autoaugment-svhn"))
     assert strong.cmi > 1.5 * none.cmi
 
