@@ -6,13 +6,13 @@
 __all__ = ['MKT_METHODS', 'LIES', 'MktConfig', 'Party', 'parsed', 'build_party_model', 'dealt', 'parties', 'counted_rows',
            'following', 'whole_losses', 'party_message', 'Line', 'connect', 'moved', 'batches', 'descended', 'mean_of',
            'trained_privately', 'healed', 'learned_from', 'believed', 'Lesson', 'lesson', 'for_half', 'sent',
-           'test_accuracy', 'averaged', 'exchange', 'one_round', 'centralised', 'play_mkt']
+           'test_accuracy', 'averaged', 'exchange', 'one_round', 'centralised', 'restored', 'play_mkt']
 
 # %% ../../nbs/federation/12h_mkt.ipynb #24fef432
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -602,12 +602,24 @@ def centralised(
 
 # %% ../../nbs/federation/12h_mkt.ipynb #901e590f
 # long: a run from its participants to its record
+def restored(
+    everybody: Sequence[Party],
+    state: dict[str, Any],  # as `play_mkt` hands it out
+) -> None:
+    "Take up what was trained, and what was measured of it."
+    for p, weights, accuracy in zip(everybody, state['weights'], state['accuracy'], strict=True):
+        p.model.load_state_dict(weights)
+        p.accuracy = accuracy
+
+
 def play_mkt(
     text: TextData,
     c: MktConfig,
     device: str | torch.device = 'cpu',  # of the models
+    saved: tuple[dict[str, Any], list[dict[str, Any]]] | None = None,  # state and curve of a stopped run
+    keep: Callable[[dict[str, Any], list[dict[str, Any]]], None] | None = None,  # gets them as they change
 ) -> dict[str, Any]:  # the record
-    "One run of FedMKT or of a baseline."
+    "One run of FedMKT or of a baseline, or the rest of it."
     everybody, items = parties(text, c, device)
     smallest = min(p.vocabulary for p in everybody)
     if c.top_k >= smallest: raise ValueError(f'top_k={c.top_k}: the smallest vocabulary has {smallest}')
@@ -615,14 +627,26 @@ def play_mkt(
     if c.method in ('fedmkt', 'llm2slm'):
         for p in everybody[1:]:
             lines[p.number, 0], lines[0, p.number] = connect(p, everybody[0], c), connect(everybody[0], p, c)
-    for p in everybody[1:] if c.heal else (): healed(p, c)
-    curve, rounds = list[dict[str, Any]](), 1 if c.method in ('zero-shot', 'centralised') else c.rounds
-    for round in range(rounds):
-        if c.method == 'centralised': centralised(text, everybody[0], c)
-        line = {} if c.method == 'centralised' else one_round(everybody, lines, c, round)
-        if (rounds - 1 - round) % c.test_every == 0:
-            line = line | dict(accuracy=[test_accuracy(p, items, c) for p in everybody])
-        curve.append(line | dict(round=round + 1))
+    state, curve = saved or ({}, [])
+    if saved: restored(everybody, state)
+    for p in everybody[1:] if c.heal and not saved else (): healed(p, c)
+
+    def kept() -> None:
+        if keep: keep(dict(weights=[p.model.state_dict() for p in everybody],
+                           accuracy=[p.accuracy for p in everybody]), curve)
+
+    rounds = 1 if c.method in ('zero-shot', 'centralised') else c.rounds
+    for round in range(max(len(curve) - 1, 0), rounds):
+        if round == len(curve):
+            if c.method == 'centralised': centralised(text, everybody[0], c)
+            line = {} if c.method == 'centralised' else one_round(everybody, lines, c, round)
+            curve.append(line | dict(round=round + 1))
+            kept()
+        if 'accuracy' in curve[-1] or (rounds - 1 - round) % c.test_every: continue
+        for p in everybody:
+            test_accuracy(p, items, c)
+            kept()
+        curve[-1]['accuracy'] = [p.accuracy for p in everybody]
     last, config = curve[-1]['accuracy'], dataclasses.asdict(c)
     traffic = {f'bytes_{way}': sum(line.get(f'bytes_{way}', 0) for line in curve) for way in ('up', 'down')}
     summary = traffic | dict(server=last[0], clients=last[1:], mean_client=float(np.mean(last[1:])),

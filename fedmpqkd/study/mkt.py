@@ -8,13 +8,14 @@ __all__ = ['MKT_PRESETS', 'CITED_MKT', 'plan_mkt', 'MktOutcome', 'read_mkt', 'mk
 # %% ../../nbs/study/16i_mkt.ipynb #b96b4614
 import dataclasses
 import json
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..core.config import as_list, as_typed
-from ..core.journal import Claimed, Damaged, WorkingFolder, project_root, read_record, write_atomic
+from ..core.journal import Claimed, Damaged, Journal, project_root, read_record, write_atomic
 from ..core.machine import commit, environment
 from ..data.images import DataMissing
 from ..data.text import TextData, load_text
@@ -104,10 +105,38 @@ def read_mkt(
                   'restore the file, or delete it to compute the run again')
 
 # %% ../../nbs/study/16i_mkt.ipynb #5b2f1c1d
-# long: a run and its claim
+# long: a run, its claim and its checkpoint
 @lru_cache(maxsize=1)
 def _text(dataset: str, kind: str, data_dir: str) -> TextData:
     return load_text(dataset, data_dir or None, kind)
+
+
+def _saved(journal: Journal, data: str) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    "What a stopped run has left, if that can be used."
+    try: saved = journal.load()
+    except Damaged as why:
+        print(f'{why}; the run starts again from its beginning', flush=True)
+        return None
+    return saved if saved and saved[0]['data'] == data else None
+
+
+def _played(text: TextData, c: MktConfig, journal: Journal, device: str) -> dict[str, Any]:
+    "The record of a run, or of the rest of it; every half minute it says how far it is."
+    saved, machine, told = _saved(journal, text.fingerprint), environment(device), time.monotonic()
+    machines = sorted({machine['device'], *(saved[0]['machines'] if saved else ())})
+
+    def keep(state: dict[str, Any], curve: list[dict[str, Any]]) -> None:
+        nonlocal told
+        journal.save(state | dict(data=text.fingerprint, machines=machines), curve)
+        if time.monotonic() - told < 30: return
+        tested = [f'{a:.1f}' for a in state['accuracy'] if a is not None]
+        measured = f': {", ".join(tested)} % right' if tested else ''
+        print(f'{c.method}, seed {c.seed}, round {len(curve)} of {c.rounds}{measured}', flush=True)
+        told = time.monotonic()
+
+    record = play_mkt(text, c, device, saved, keep)
+    if earlier := [m for m in machines if m != machine['device']]: machine['earlier'] = earlier
+    return record | dict(environment=machine, commit=commit())
 
 
 def mkt_record(
@@ -116,9 +145,9 @@ def mkt_record(
     data_dir: str,
     device: str,
 ) -> dict[str, Any]:
-    "The record of a run, found or computed; raises `Claimed` while another process computes it."
-    name = f'{c.method}_seed={c.seed}_{c.identity}'
-    path, work = folder / f'{name}.json', WorkingFolder(folder / '_work' / name)
+    "The record of a run, found, computed or finished; raises `Claimed` while another process computes it."
+    journal = Journal(folder.parent, folder.name, f'{c.method}_seed={c.seed}', c.identity)
+    path = journal.record_path
     try: text = _text(c.dataset, c.text_kind, data_dir)
     except DataMissing:
         if data_dir or not path.exists(): raise
@@ -130,12 +159,15 @@ def mkt_record(
         return record if record and record['data']['fingerprint'] == text.fingerprint else None
 
     if record := found(): return record
-    with work.claim():
-        if not found():
-            record = play_mkt(text, c, device) | dict(environment=environment(device), commit=commit())
-            write_atomic(path, json.dumps(record, indent=1, allow_nan=False).encode())
-        work.discard()
+    with journal.claim():
+        try:
+            if not found():
+                record = _played(text, c, journal, device)
+                write_atomic(path, json.dumps(record, indent=1, allow_nan=False).encode())
+                journal.discard()
+        finally: journal.forget()
     return read_mkt(path)
+
 
 # %% ../../nbs/study/16i_mkt.ipynb #6df37e8d
 # long: the parameters, one a line

@@ -214,7 +214,7 @@ def test_two_processes_share_a_study(tmp_path, monkeypatch):
     fields, done = dict(results_dir=str(tmp_path), public=8, private=4, test=8, rounds=1, wait=0.01), []
     held, other = plan_mkt("smoke", "standalone,zero-shot", "0", public=8, private=4, test=8, rounds=1)
     real = study.play_mkt
-    monkeypatch.setattr(study, "play_mkt", lambda t, c, device: done.append(c.method) or real(t, c, device))
+    monkeypatch.setattr(study, "play_mkt", lambda t, c, *a: done.append(c.method) or real(t, c, *a))
     folder = tmp_path / "exp6" / "smoke" / "pieces"
     claim = WorkingFolder(folder / "_work" / f"standalone_seed=0_{held.identity}").claim()
     claim.__enter__()
@@ -223,3 +223,58 @@ def test_two_processes_share_a_study(tmp_path, monkeypatch):
     assert done == ["zero-shot", "standalone"]
     assert [r["config"]["method"] for r in records] == ["standalone", "zero-shot"]
     assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".json"]
+
+
+def stopped(at):
+    "What stops a run when it keeps something for the nth time."
+    import fedmpqkd.study.mkt as study
+    real, seen = study.Journal.save, []
+
+    def save(self, state, curve):
+        real(self, state, curve)
+        seen.append(len(curve))
+        if len(seen) == at: raise KeyboardInterrupt
+    return save
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 6])  # after training, within tests, after round 2
+def test_a_stopped_run_goes_on_to_the_same_record(tmp_path, monkeypatch, at):
+    import fedmpqkd.study.mkt as study
+    fields = dict(public=8, private=4, test=8, rounds=2)
+    whole, = run_mkt("smoke", "fedmkt", "0", results_dir=str(tmp_path / "whole"), **fields).records
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Journal, "save", stopped(at))
+        with pytest.raises(KeyboardInterrupt):
+            run_mkt("smoke", "fedmkt", "0", results_dir=str(tmp_path / "rest"), **fields)
+    assert [p.name for p in (tmp_path / "rest").rglob("*.pt")] == ["checkpoint.pt"]
+    trained = []
+    real = study.play_mkt
+    monkeypatch.setattr(study, "play_mkt", lambda t, c, d, saved, keep: trained.append(len(saved[1])) or real(
+        t, c, d, saved, keep))
+    rest, = run_mkt("smoke", "fedmkt", "0", results_dir=str(tmp_path / "rest"), **fields).records
+    assert trained == [1 if at < 5 else 2]
+    assert rest["curve"] == whole["curve"]
+    assert {k: v for k, v in rest["summary"].items() if k != "memory"} == {
+        k: v for k, v in whole["summary"].items() if k != "memory"}
+    assert not list((tmp_path / "rest").rglob("_work"))
+
+
+def test_a_damaged_checkpoint_of_fedmkt_is_put_aside_and_said(tmp_path, monkeypatch, capsys):
+    import fedmpqkd.study.mkt as study
+    fields = dict(results_dir=str(tmp_path), public=8, private=4, test=8, rounds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Journal, "save", stopped(1))
+        with pytest.raises(KeyboardInterrupt): run_mkt("smoke", "standalone", "0", **fields)
+    path, = tmp_path.rglob("checkpoint.pt")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    record, = run_mkt("smoke", "standalone", "0", **fields).records
+    assert "the run starts again from its beginning" in capsys.readouterr().out
+    assert record["summary"]["clients"] and len(list(tmp_path.rglob("*.json"))) == 1
+
+
+def test_a_run_that_fails_before_its_first_round_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="top_k"):
+        run_mkt("smoke", "fedmkt", "0", results_dir=str(tmp_path), top_k=60000)
+    assert not list(tmp_path.rglob("*.*"))
