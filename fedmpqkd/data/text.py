@@ -6,9 +6,9 @@
 __all__ = ['KINDS', 'ALMANAC', 'TEMPLATES', 'WORDS', 'SCHEMAS', 'IGNORED', 'Item', 'almanac_rows', 'words_of', 'almanac_item',
            'all_texts', 'marked_options', 'choice_item', 'class_names', 'class_item', 'answer_item', 'kind_of',
            'speeches', 'articles', 'items_hash', 'TextData', 'hold_out', 'not_empty', 'split_files', 'read_rows',
-           'file_and_row', 'plain_items', 'row_item', 'set_items', 'texts_at_hand', 'text_folder', 'the_only_file',
-           'read_set', 'load_text', 'natural_labels', 'natural_split', 'next_token_labels', 'Encoded', 'Encoder',
-           'Letters', 'TokenBatch', 'tokenise', 'target_pairs', 'option_pairs']
+           'file_and_row', 'plain_items', 'row_item', 'set_items', 'texts_at_hand', 'hub_folder', 'text_folder',
+           'the_only_file', 'read_set', 'load_text', 'natural_labels', 'natural_split', 'next_token_labels', 'Encoded',
+           'Encoder', 'Letters', 'TokenBatch', 'tokenise', 'target_pairs', 'option_pairs']
 
 # %% ../../nbs/data/02b_text.ipynb #68df838f
 import hashlib
@@ -419,6 +419,27 @@ def texts_at_hand(
     return sorted(found)
 
 
+def hub_folder(
+    name: str,  # OWNER/NAME or OWNER/NAME/FOLDER
+) -> Path:
+    "The Parquet files of a set on the Hugging Face hub, loaded once."
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError as error:
+        raise DataMissing(f"{name}: a name on the hub needs pip install 'fedmpqkd[lm]'") from error
+    owner, set_name, *rest = name.split('/')
+    inner = '/'.join(rest)
+    try:
+        place = Path(huggingface_hub.snapshot_download(
+            f'{owner}/{set_name}', repo_type='dataset',
+            allow_patterns=f'{inner}/*.parquet' if inner else '*.parquet')) / inner
+    except (OSError, ValueError) as error:  # no network, no such set, no such name
+        why = str(error).strip().splitlines()[0]
+        raise DataMissing(f'{name} is in no folder here, and the hub did not give it: {why}') from error
+    if not any(place.rglob('*.parquet')): raise DataMissing(f'{name}: the hub has no Parquet files of it')
+    return place
+
+
 def text_folder(
     name: str,  # of the set
     data_dir: str | Path | None = None,  # search here and nowhere else
@@ -428,6 +449,7 @@ def text_folder(
     for place in places:
         for folder in (place / 'text' / name, place / name):
             if folder.is_dir(): return folder
+    if '/' in name and data_dir is None and not Path(name).is_absolute(): return hub_folder(name)
     raise DataMissing(
         f'{name} is in none of: {", ".join(str(p / name) for p in places)}. Put its Parquet files, in the '
         f'schema of the Hugging Face hub, in DIR/{name} and pass data_dir=DIR or set $FEDMPQKD_DATA=DIR; '
@@ -473,7 +495,7 @@ def _almanac(kind: str, template: str | None) -> TextData:
 
 
 def load_text(
-    name: str = 'almanac',  # the embedded set, or a folder of Parquet files
+    name: str = 'almanac',  # the embedded set, a folder of Parquet files, or a name on the hub
     data_dir: str | Path | None = None,  # search here and nowhere else
     kind: str = 'choice',  # for the embedded set, which can be all of `KINDS`
     template: str | None = None,  # of the prompt; None: the one in `TEMPLATES`

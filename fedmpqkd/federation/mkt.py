@@ -561,10 +561,11 @@ def exchange(
                      changes=got.changes)
         line['loss_server'] = learned_from(server, c, got.target, got.chosen, round)
     told, size = sent(party_message(server, c, round), server, c)
-    line['bytes_down'], line['chosen_down'] = size * len(clients), []
+    line |= dict(bytes_down=size * len(clients), chosen_down=[], changes_down=[])
     for p in clients:
         got = lesson(p, party_message(p, c, round), [told], [server], [lines[0, p.number]], c)
         line['chosen_down'].append(int(got.chosen.sum()))
+        line['changes_down'].append(got.changes)
         learned_from(p, c, got.target, got.chosen, round)
     return line
 

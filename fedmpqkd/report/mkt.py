@@ -106,7 +106,9 @@ def mkt_choices(
             rows.append({'round': line['round'], 'n': 1, 'server from nobody %': nobody}
                         | {f'from client {k} %': share for k, share in enumerate(clients, 1)}
                         | {f'client {k} from server %': share for k, share in enumerate(down, 1)}
-                        | {f'changed per {m} %': 100 * line['changes'][m] for m in ('byte', 'sample')})
+                        | {f'changed per {m} %': 100 * line['changes'][m] for m in ('byte', 'sample')}
+                        | {f'clients, per {m} %': 100 * float(np.mean([one[m] for one in each]))
+                           for m in ('byte', 'sample') if (each := line.get('changes_down'))})
     if not rows: return pd.DataFrame()
     found = pd.DataFrame(rows).groupby('round')
     return found.mean().assign(n=found.n.sum()).reset_index()

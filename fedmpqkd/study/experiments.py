@@ -282,7 +282,7 @@ def scale_folder(
 ) -> str:  # 'demo', or 'demo-flowers' for other data than the preset's
     "The folder of an experiment's records at one scale, on one data set."
     usual = (experiment.fields | experiment.presets[preset])['dataset']
-    return preset if dataset == usual else f'{preset}-{dataset}'
+    return preset if dataset == usual else f'{preset}-{dataset.replace("/", "--")}'
 
 # %% ../../nbs/study/16b_experiments.ipynb #e8176aea
 def plan(

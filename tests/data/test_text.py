@@ -2,6 +2,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import numpy as np
 import pyarrow as pa
@@ -164,6 +165,33 @@ def test_where_sets_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert text_folder("s") == tmp_path / "text" / "s" and text_folder("t") == tmp_path / "t"
     with pytest.raises(DataMissing, match="none of: .*'almanac' needs no files"):
         text_folder("s", tmp_path / "t")
+
+
+def test_a_name_with_a_slash_is_one_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    "What is asked of `huggingface_hub` has its own signature; a folder of that name here comes first."
+    hub = pytest.importorskip("huggingface_hub")
+    write(tmp_path / "snapshot" / "Easy", "train", [{"text": "on the hub"}] * 2)
+    write(tmp_path / "snapshot" / "Easy", "test", [{"text": "on the hub, too"}])
+    write(tmp_path / "here" / "us" / "own", "train", [{"text": "here"}] * 20)
+    asked = create_autospec(hub.snapshot_download, return_value=str(tmp_path / "snapshot"))
+    monkeypatch.setattr(hub, "snapshot_download", asked)
+    monkeypatch.setenv("FEDMPQKD_DATA", str(tmp_path / "here"))
+    data = load_text("them/arc/Easy")
+    assert (len(data.train), len(data.test), data.name) == (2, 1, "them/arc/Easy")
+    assert asked.call_args.args == ("them/arc",)
+    assert asked.call_args.kwargs == dict(repo_type="dataset", allow_patterns="Easy/*.parquet")
+    assert load_text("us/own").train[0].target == "here" and asked.call_count == 1
+    with pytest.raises(DataMissing, match="them/arc is in none of"): load_text("them/arc", tmp_path)
+    with pytest.raises(DataMissing, match="them/arc/Hard: the hub has no Parquet files of it"):
+        load_text("them/arc/Hard")
+
+
+@pytest.mark.parametrize("name", ["no--body/no.thing", "a/b c", "nobody/nothing"])
+def test_what_the_hub_does_not_give_is_said_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataMissing, match=f"^{name} is in no folder here, and the hub did not give it: .+$"):
+        load_text(name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
