@@ -12,7 +12,7 @@ import torch
 # %% ../../nbs/core/01a_streams.ipynb #64eefd70
 STREAMS = {name: number for number, name in enumerate(
     ('partition', 'init', 'participation', 'dropout', 'loader', 'quantiser', 'noise', 'attack', 'layers',
-     'augment', 'tokens'))}
+     'augment', 'tokens', 'links'))}
 
 def _seed_sequence(seed: int, stream: str, round: int, client: int) -> np.random.SeedSequence:
     if stream not in STREAMS:
