@@ -419,6 +419,7 @@ def texts_at_hand(
     return sorted(found)
 
 
+# %% ../../nbs/data/02b_text.ipynb #c0947b25
 def hub_folder(
     name: str,  # OWNER/NAME or OWNER/NAME/FOLDER
 ) -> Path:
@@ -440,6 +441,7 @@ def hub_folder(
     return place
 
 
+# %% ../../nbs/data/02b_text.ipynb #c0947b27
 def text_folder(
     name: str,  # of the set
     data_dir: str | Path | None = None,  # search here and nowhere else
