@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'option_scores', 'plain_words', 'exact_match', 'rouge_l', 'pieces', 'LanguageData', 'coder_of', 'evenly',
-           'in_tokens', 'language_data', 'load_language', 'portions', 'Packed', 'packed', 'row_scores', 'LanguageTask']
+           'in_tokens', 'language_data', 'load_language', 'portions', 'Packed', 'packed', 'row_scores', 'LanguageTask',
+           'written', 'answer_scores']
 
 # %% ../../nbs/learn/09h_language.ipynb #ddde1758
 import hashlib
@@ -392,3 +393,38 @@ class LanguageTask(Task):
         mean, bits = float(nll.sum() / tokens.sum()), float(nll.sum() / size.sum() / math.log(2))
         return dict(accuracy=100 * float(hits.sum() / tokens.sum()), nll=mean, per_class=[], diverged=False,
                     perplexity=math.exp(min(mean, 700)), bits_per_byte=bits)
+
+# %% ../../nbs/learn/09h_language.ipynb #d3c0de02
+@torch.no_grad()
+def written(
+    causal: Any,  # of `transformers`, in eval mode
+    coder: TextCoder,
+    prompts: Sequence[str],
+    most: int = 32,  # tokens of an answer
+    portion: int = 8,  # prompts at a time
+) -> list[str]:
+    "What a model writes behind prompts: the likeliest token each time, until it ends the answer."
+    end, found, device = coder.vocabulary.role('eos'), list[str](), next(causal.parameters()).device
+    bos = coder.vocabulary.role('bos')
+    first = [] if bos in (None, end) else [bos]
+    for n in range(0, len(prompts), portion):
+        rows = [[*first, *code.ids] for code in
+                coder.inner.encode_batch(list(prompts[n : n + portion]), add_special_tokens=False)]
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+        real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        said = causal.generate(ids, attention_mask=real, max_new_tokens=most, do_sample=False,
+                               eos_token_id=end, pad_token_id=0 if end is None else end)
+        found += [coder.inner.decode(row) for row in said[:, width:].tolist()]
+    return found
+
+
+def answer_scores(
+    found: Sequence[str],
+    items: Sequence[Item],  # with references
+) -> dict[str, float]:  # exact_match, rouge_l: percent, means over the items
+    "How good answers are."
+    each = {'exact_match': exact_match, 'rouge_l': rouge_l}
+    return {name: 100 * float(np.mean([how(a, i.references) for a, i in zip(found, items, strict=True)]))
+            for name, how in each.items()}
+

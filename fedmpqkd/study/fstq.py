@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUDGETS', 'RATES', 'PAIR', 'SELECTIONS', 'qsgd_bits', 'points', 'configs_of', 'runs_of', 'run_fstq',
-           'shorter_prompts']
+           'shorter_prompts', 'written_answers']
 
 # %% ../../nbs/study/16j_fstq.ipynb #5425464f
 import json
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from ..core.config import RunConfig, as_list, as_typed
-from ..core.journal import project_root, write_atomic
+from ..core.journal import Journal, project_root, write_atomic
 from ..core.machine import commit, environment
-from ..learn.language import LanguageTask
+from ..learn.language import LanguageTask, answer_scores, evenly, written
 from ..learn.reduction import reduction_lines, table_of
-from ..models.lora import build_language_model, embedding_of
+from ..models.lora import build_language_model, causal_of, embedding_of
 from fedmpqkd.study.experiments import (
     CITED,
     EXPERIMENTS,
@@ -148,6 +148,19 @@ def run_fstq(
             for c in configs]
     return Outcome('exp7', preset, run_sweep(jobs), project_root(), declared, results, scale)
 
+# %% ../../nbs/study/16j_fstq.ipynb #d3c0de04
+def _trained(
+    c: RunConfig, group: str, root: Path, data_dir: str,
+) -> tuple[Journal, LanguageTask, Any]:  # of the run, its texts, its model in eval mode
+    "What is left of a run where it was computed."
+    data, journal = open_job(Job(c, str(root), group, data_dir))
+    if not journal.model_path.exists():
+        raise ValueError(f'{journal.model_path}: a model is kept where its run was computed, and only there')
+    task, model = LanguageTask(data), build_language_model(c, len(data.coder.vocabulary))
+    model.load_state_dict(torch.load(journal.model_path, weights_only=True)['state'])
+    return journal, task, model.eval()
+
+
 # %% ../../nbs/study/16j_fstq.ipynb #d105c16d
 # long: a model, texts, and what is said of them
 def shorter_prompts(
@@ -161,14 +174,11 @@ def shorter_prompts(
 ) -> dict[str, Any]:  # the record: what was measured, of which run, on what
     "Measure quality and seconds with fewer tokens in the prompts, and keep it in `exp7/reduction.json`."
     root = results or project_root() / 'results'
-    data, journal = open_job(Job(c, str(root), group, data_dir))
-    if not journal.model_path.exists():
-        raise ValueError(f'{journal.model_path}: a model is kept where its run was computed, and only there')
-    task, model = LanguageTask(data), build_language_model(c, len(data.coder.vocabulary))
-    model.load_state_dict(torch.load(journal.model_path, weights_only=True)['state'])
+    journal, task, model = _trained(c, group, root, data_dir)
+    size = len(task.data.coder.vocabulary)
     some, own = (torch.arange(0, len(x), max(1, len(x) // n))[:n] for x, n in (
         (task.test_samples, texts), (task.train_samples, table_texts)))
-    table = table_of(model.eval(), embedding_of(model), task, own, len(data.coder.vocabulary))
+    table = table_of(model, embedding_of(model), task, own, size)
     lines = reduction_lines(model, task.test_samples[some], task.test_targets[some, -1], table, shares,
                             clock=time.process_time)
     record = dict(run=journal.id, method=c.method, seed=c.seed, model=c.model, dataset=c.dataset,
@@ -177,3 +187,30 @@ def shorter_prompts(
                   environment=environment(), commit=commit(), lines=lines)
     write_atomic(root / 'exp7' / 'reduction.json', (json.dumps(record, indent=1) + '\n').encode())
     return record
+
+# %% ../../nbs/study/16j_fstq.ipynb #d3c0de06
+# long: two models, texts, and what is said of them
+def written_answers(
+    c: RunConfig,  # of a run of Experiment 7 whose model is here
+    group: str = 'exp7/study',  # where its record is
+    results: Path | None = None,  # results folder; None for the project's
+    data_dir: str = '',  # where the texts are; '' for the usual places
+    texts: int = 70,  # held-out ones
+    most: int = 24,  # tokens of an answer
+) -> dict[str, Any]:  # the record: what was measured, of which run, on what
+    "Let the model of a run, and the one it began from, answer; keep it in `exp7/answers/`."
+    root = results or project_root() / 'results'
+    journal, task, model = _trained(c, group, root, data_dir)
+    data = task.data
+    items = evenly(data.test_items, texts)
+    asked = [i.prompt for i in items]
+    start = build_language_model(c, len(data.coder.vocabulary)).eval()
+    lines = [dict(model=name, **answer_scores(written(causal_of(m), data.coder, asked, most), items))
+             for name, m in (('before', start), ('after', model))]
+    record = dict(run=journal.id, method=c.method, optimizer=c.optimizer, share=c.update_share, seed=c.seed,
+                  model=c.model, dataset=c.dataset, texts=len(items), most=most,
+                  environment=environment(), commit=commit(), lines=lines)
+    path = root / 'exp7' / 'answers' / f'{c.method}_seed={c.seed}_{journal.id}.json'
+    write_atomic(path, (json.dumps(record, indent=1) + '\n').encode())
+    return record
+

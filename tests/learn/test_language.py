@@ -20,13 +20,15 @@ transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("p
 
 from fedmpqkd.learn.language import (  # noqa: E402
     LanguageTask,
+    answer_scores,
     language_data,
     load_language,
     option_scores,
     rouge_l,
+    written,
 )
 from fedmpqkd.models.language import GPTS, shortened, small_gpt  # noqa: E402
-from fedmpqkd.models.lora import adapted  # noqa: E402
+from fedmpqkd.models.lora import adapted, causal_of  # noqa: E402
 
 FIELDS = dict(dataset="almanac", model="gpt-tiny", tokenizer="byte-bpe:300", clients=2, rounds=2,
               batch_size=4, partition="natural", eval_images=0, lr=0.3)
@@ -110,6 +112,37 @@ def test_rouge_against_all_subsequences():
     words = ["a b c d", "b d a c", "d c b a", "a a b", "c", "x y"]
     for a, b in itertools.product(words, words):
         assert rouge_l(a, [b]) == pytest.approx(brute(a.split(), b.split()))
+
+
+def one_token_at_a_time(model, ids, end, most):
+    "Greedy decoding without a cache, a padding or a library."
+    said = []
+    while len(said) < most and (not said or said[-1] != end):
+        said.append(int(model(torch.tensor([ids + said])).argmax(-1)[0, -1]))
+    return said
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_a_model_writes_is_its_likeliest_token_again_and_again(rank):
+    "Short and long prompts of one portion, which are padded, and the same one by one."
+    c = make_config("fedavg", **FIELDS, text_kind="answer", lora_rank=rank)
+    task = LanguageTask(load_language(c))
+    model, coder = task.network(c).eval(), task.data.coder
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(0, 0.2, generator=torch.Generator().manual_seed(p.numel()))
+        prompts = [i.prompt[:n] for n, i in zip((9, 40, 90, 25, 60), task.data.test_items, strict=False)]
+        causal, end = causal_of(model), coder.vocabulary.role("eos")
+        found = written(causal, coder, prompts, most=7, portion=3)
+        assert found == [written(causal, coder, [p], most=7)[0] for p in prompts]
+        bare = [one_token_at_a_time(lambda x: causal(input_ids=x).logits, coder.inner.encode(p).ids, end, 7)
+                for p in prompts]
+    assert found == [coder.inner.decode(row) for row in bare] and len(set(found)) > 1
+
+
+def test_scores_of_answers():
+    items = [Item("q", references=r) for r in ((" a red kettle", " kettle"), (" the tall ships sail",))]
+    assert answer_scores([" the kettle", " tall ships"], items) == dict(
+        exact_match=50.0, rouge_l=pytest.approx(50 * (2 / 3 + 2 / 3)))
 
 
 def bare_adapter(base, c, data, batches):
