@@ -402,6 +402,7 @@ def written(
     prompts: Sequence[str],
     most: int = 32,  # tokens of an answer
     portion: int = 8,  # prompts at a time
+    until: str = '\n',  # what comes behind it is no longer the answer; '' keeps all
 ) -> list[str]:
     "What a model writes behind prompts: the likeliest token each time, until it ends the answer."
     end, found, device = coder.vocabulary.role('eos'), list[str](), next(causal.parameters()).device
@@ -416,7 +417,7 @@ def written(
         said = causal.generate(ids, attention_mask=real, max_new_tokens=most, do_sample=False,
                                eos_token_id=end, pad_token_id=0 if end is None else end)
         found += [coder.inner.decode(row) for row in said[:, width:].tolist()]
-    return found
+    return [answer.split(until)[0] for answer in found] if until else found
 
 
 def answer_scores(

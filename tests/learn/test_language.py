@@ -132,11 +132,13 @@ def test_what_a_model_writes_is_its_likeliest_token_again_and_again(rank):
         for p in model.parameters(): p.normal_(0, 0.2, generator=torch.Generator().manual_seed(p.numel()))
         prompts = [i.prompt[:n] for n, i in zip((9, 40, 90, 25, 60), task.data.test_items, strict=False)]
         causal, end = causal_of(model), coder.vocabulary.role("eos")
-        found = written(causal, coder, prompts, most=7, portion=3)
-        assert found == [written(causal, coder, [p], most=7)[0] for p in prompts]
+        found = written(causal, coder, prompts, most=7, portion=3, until="")
+        assert found == [written(causal, coder, [p], most=7, until="")[0] for p in prompts]
         bare = [one_token_at_a_time(lambda x: causal(input_ids=x).logits, coder.inner.encode(p).ids, end, 7)
                 for p in prompts]
     assert found == [coder.inner.decode(row) for row in bare] and len(set(found)) > 1
+    mark = found[0][2]
+    assert written(causal, coder, prompts[:1], most=7, until=mark) == [found[0].split(mark)[0]]
 
 
 def test_scores_of_answers():
