@@ -22,8 +22,9 @@ from ..core.streams import torch_rng
 from ..data.images import Dataset, cache_folder, stratified_indices
 from .pool import evaluate, task_of
 from .rounds import Start, open_run, run_round
-from ..learn.replica import Replica
+from ..learn.replica import Replica, layout_of
 from ..learn.task import Task
+from ..wire.mixed import BudgetCode, check_share
 
 # %% ../../nbs/federation/12c_warmstart.ipynb #4fa2a3c9
 _CENTRAL = (
@@ -140,6 +141,8 @@ def starting_point(
     labels = task_of(data, device).true_labels.cpu()
     scratch = Start.scratch(len(labels))
     if kind == 'none': return scratch
+    shape = layout_of(config, task_of(data))
+    check_share(BudgetCode.of(config), shape.sizes())  # now, and not after an hour of preparation
 
     before, make = start_config(config), after_fedavg if kind == 'fedavg' else after_public
     id = run_id(before, data.fingerprint)

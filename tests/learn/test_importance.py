@@ -142,6 +142,15 @@ def test_a_budget_below_the_metadata_opens_no_run(share):
         open_run(make_config('fedavg-magnitude', **FIELDS, update_share=share), dataset(), workers=1)
 
 
+def test_a_budget_below_the_metadata_prepares_nothing(monkeypatch):
+    "A warm start can take hours: what cannot work is refused in front of it."
+    import fedmpqkd.federation.warmstart as warmstart
+    monkeypatch.setattr(warmstart, 'cached', lambda *a: pytest.fail('the start was computed'))
+    c = make_config('fedavg-magnitude', **FIELDS, update_share=.001, warm_start='fedavg:1')
+    with pytest.raises(ValueError, match='update_share=0.001 is a budget of'):
+        warmstart.starting_point(c, dataset(), workers=1)
+
+
 def test_the_server_refuses_what_was_not_agreed():
     from fedmpqkd.federation.rounds import visit
     from fedmpqkd.federation.server import receive
