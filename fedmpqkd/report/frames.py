@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core.journal import project_root, write_atomic
+from ..core.journal import project_root, read_record, write_atomic
 from ..core.record import Record
 from ..models.vision import build_model, layout, model_names
 from ..study.records import config_of, image_of, load_records
@@ -30,16 +30,19 @@ def _folder(
     "The folder that is meant; raises with what there is."
     root = results or project_root() / 'results'
     for folder in (root / where, Path(where).expanduser()):
-        if folder.is_dir() and any(folder.glob('*.json')): return folder
-    there = sorted({p.parent.relative_to(root).as_posix() for p in root.glob('*/*/*.json')})
+        for place in (folder, folder / 'pieces'):
+            if place.is_dir() and any(place.glob('*.json')): return place
+    there = sorted({Path(*p.relative_to(root).parts[:2]).as_posix()
+                    for some in ('*/*/*.json', '*/*/pieces/*.json') for p in root.glob(some)})
     raise ValueError(f'{where}: no folder with records; there are {", ".join(there) or "none"} in {root}')
 
 def find_records(
     where: str | Path,  # 'exp1/mini', or a path
     results: Path | None = None,  # results folder; None for the project's
 ) -> list[Record]:
-    "The records of a folder."
+    "The records of a folder of runs."
     folder = _folder(where, results)
+    if folder.name == 'pieces': raise ValueError(f'{where} holds no runs of images or texts in one model')
     return load_records(folder.parents[1], folder.parent.name, folder.name)
 
 # %% ../../nbs/report/17g_frames.ipynb #dd6f3046
@@ -62,6 +65,30 @@ def _rounds(record: Record) -> list[dict[str, Any]]:
     return [_framed(record, {k: v for k, v in line.items() if isinstance(v, int | float)})
             for line in record['curve']]
 
+# %% ../../nbs/report/17g_frames.ipynb #f4a3e002
+def _spread(results: dict[str, Any]) -> dict[str, Any]:
+    "Numbers and short lists of numbers, each with a name."
+    flat: dict[str, Any] = pd.json_normalize(results, sep='_').iloc[0].to_dict() if results else {}
+    for name, value in list(flat.items()):
+        if isinstance(value, list) and all(isinstance(v, int | float) for v in value):
+            flat |= {f'{name}_{n}': v for n, v in enumerate(flat.pop(name))}
+    return {name: value for name, value in flat.items() if isinstance(value, int | float)}
+
+
+def _pieces(folder: Path, curves: bool) -> list[dict[str, Any]]:
+    "Rows of records that have forms of their own."
+    rows = []
+    for record in map(read_record, sorted(folder.glob('*.json'))):
+        settings = record.get('config') or record['recipe']
+        own = dict(id=record['id']) | ({'kind': record['kind']} if 'kind' in record else {})
+        facts = {f'data_{k}': v for k, v in record['data'].items()} | dict(
+            device=record['environment']['device'])
+        for results in record.get('curve', []) if curves else [record['summary']]:
+            named = {(f'{k}_' if k in settings else k): v for k, v in _spread(results).items()}
+            rows.append(own | named | facts | settings)
+    return rows
+
+
 # %% ../../nbs/report/17g_frames.ipynb #79409e0d
 def _tell_mixed(where: str | Path, frame: pd.DataFrame) -> None:
     "Say that a folder holds several data sets, or one that has changed."
@@ -75,6 +102,7 @@ def load(
     results: Path | None = None,  # results folder; None for the project's
 ) -> pd.DataFrame:
     "Records as a data frame."
+    if (folder := _folder(where, results)).name == 'pieces': return pd.DataFrame(_pieces(folder, curves))
     records = find_records(where, results)
     frame = pd.DataFrame([line for r in records for line in (_rounds(r) if curves else [_row(r)])])
     if len(frame): _tell_mixed(where, frame)

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 import fedmpqkd
 from fedmpqkd.__main__ import cli
+from fedmpqkd.core.journal import project_root
 from fedmpqkd.data.images import from_tensors, register_dataset
 from fedmpqkd.evaluate.costs import cost_table
 from fedmpqkd.report.captions import caption
@@ -102,3 +103,25 @@ def test_captions_costs_and_models_follow_the_size_of_the_images(tmp_path: Path)
     costs = cost_table('cnn', 3, 4, image=(1, 28, 28)).iloc[0]
     by_hand = 16 * 9 * 14 * 14 + 32 * 16 * 9 * 7 * 7 + 3 * 512  # two convolutions of stride 2, a classifier
     assert costs.macs == by_hand
+
+
+@pytest.mark.parametrize("where", ["exp6/study-a", "exp4/study"])
+def test_what_the_list_shows_can_be_loaded_and_written(where, tmp_path):
+    "Records of other forms than a run's: each file a row, its own numbers, and a CSV that reads back."
+    frame = fedmpqkd.load(where)
+    folder = project_root() / "results" / where / "pieces"
+    files = {p.stem.rsplit("_", 1)[-1]: json.loads(p.read_text()) for p in folder.glob("*.json")}
+    assert set(frame.id) == set(files) and len(frame) == len(files)
+    if where == "exp6/study-a":
+        for row in frame.to_dict("records"):
+            told = files[row["id"]]["summary"]
+            assert [row["server_"], row["mean_client"]] == [told["server"], told["mean_client"]]
+            assert [row[f"clients_{n}"] for n in range(3)] == told["clients"]
+    path = tmp_path / "records.csv"
+    said("export", where, str(path))
+    assert len(pd.read_csv(path)) == len(frame)
+
+
+def test_all_listed_folders_can_be_loaded():
+    from fedmpqkd.tools.lists import list_records
+    for where in list_records().folder: assert len(fedmpqkd.load(where))
