@@ -420,6 +420,7 @@ def written(
     return [answer.split(until)[0] for answer in found] if until else found
 
 
+# %% ../../nbs/learn/09h_language.ipynb #d3c0de09
 def answer_scores(
     found: Sequence[str],
     items: Sequence[Item],  # with references
