@@ -137,7 +137,7 @@ def unseal(
     except FileNotFoundError: raise Damaged(f'{path}: it has vanished') from None
     if why := _broken_seal(data, owner): raise Damaged(f'{path}: {why}; put aside as {quarantine(path).name}')
     body = data[len(SEAL) + 32:].split(b'\n', 1)[1]
-    return torch.load(io.BytesIO(body), weights_only=True)
+    return torch.load(io.BytesIO(body), weights_only=True, map_location='cpu')
 
 # %% ../../nbs/core/01b_journal.ipynb #d51c5398
 class Claimed(RuntimeError):

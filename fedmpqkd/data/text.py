@@ -424,21 +424,25 @@ def hub_folder(
     name: str,  # OWNER/NAME or OWNER/NAME/FOLDER
 ) -> Path:
     "The Parquet files of a set on the Hugging Face hub, loaded once."
+    # long: what may go wrong with a name, a network and a set
+    owner, *rest = name.split('/')
+    if not rest or not all(re.fullmatch(r'(?!\.+$)[\w.-]+', part) for part in (owner, *rest)):
+        raise DataMissing(f'{name} is no name on the hub: OWNER/NAME or OWNER/NAME/FOLDER')
     try:
         import huggingface_hub
     except ModuleNotFoundError as error:
         raise DataMissing(f"{name}: a name on the hub needs pip install 'fedmpqkd[lm]'") from error
-    owner, set_name, *rest = name.split('/')
-    inner = '/'.join(rest)
+    inner = '/'.join(rest[1:])
     try:
         place = Path(huggingface_hub.snapshot_download(
-            f'{owner}/{set_name}', repo_type='dataset',
+            f'{owner}/{rest[0]}', repo_type='dataset',
             allow_patterns=f'{inner}/*.parquet' if inner else '*.parquet')) / inner
-    except (OSError, ValueError) as error:  # no network, no such set, no such name
-        why = str(error).strip().splitlines()[0]
-        raise DataMissing(f'{name} is in no folder here, and the hub did not give it: {why}') from error
+    except Exception as error:  # no network, no such set: whatever it is, the set is missing
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataMissing(f'{name}: the hub did not give it: {why}') from error
     if not any(place.rglob('*.parquet')): raise DataMissing(f'{name}: the hub has no Parquet files of it')
-    return place
+    whole = not any(place.glob('*.parquet')) and [p.name for p in place.iterdir() if p.is_dir()] == ['data']
+    return place / 'data' if whole else place
 
 
 # %% ../../nbs/data/02b_text.ipynb #c0947b27
@@ -451,10 +455,14 @@ def text_folder(
     for place in places:
         for folder in (place / 'text' / name, place / name):
             if folder.is_dir(): return folder
-    if '/' in name and data_dir is None and not Path(name).is_absolute(): return hub_folder(name)
+    where = ''
+    if '/' in name and data_dir is None and name[0] not in './~':
+        try: return hub_folder(name)
+        except DataMissing as why: where = f' ({why})'
     raise DataMissing(
-        f'{name} is in none of: {", ".join(str(p / name) for p in places)}. Put its Parquet files, in the '
-        f'schema of the Hugging Face hub, in DIR/{name} and pass data_dir=DIR or set $FEDMPQKD_DATA=DIR; '
+        f'{name} is in none of: {", ".join(str(p / name) for p in places)}{where}. Put its Parquet files, '
+        f'in the schema of the Hugging Face hub, in DIR/{name} and pass data_dir=DIR or set '
+        "$FEDMPQKD_DATA=DIR; "
         "'almanac' needs no files.")
 
 # %% ../../nbs/data/02b_text.ipynb #fa50d2c7

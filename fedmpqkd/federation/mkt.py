@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['MKT_METHODS', 'LIES', 'MktConfig', 'Party', 'parsed', 'build_party_model', 'dealt', 'parties', 'counted_rows',
            'following', 'whole_losses', 'party_message', 'Line', 'connect', 'moved', 'batches', 'descended', 'mean_of',
-           'trained_privately', 'healed', 'learned_from', 'believed', 'Lesson', 'lesson', 'for_half', 'sent',
-           'test_accuracy', 'averaged', 'exchange', 'one_round', 'centralised', 'restored', 'play_mkt']
+           'own_draws', 'trained_privately', 'healed', 'public_loss', 'learned_from', 'believed', 'Lesson', 'lesson',
+           'for_half', 'sent', 'test_accuracy', 'averaged', 'exchange', 'one_round', 'centralised', 'restored',
+           'play_mkt']
 
 # %% ../../nbs/federation/12h_mkt.ipynb #24fef432
+import copy
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -44,7 +47,7 @@ from fedmpqkd.models.language import (
     trained_coder,
 )
 from ..models.lora import adapted, shared_copy
-from ..models.vision import layout
+from ..models.vision import layout, seeded
 from ..wire.format import Message, encode
 from ..wire.logits import LogitMessage, decode_logits, encode_logits
 from ..wire.messages import manifest_of
@@ -111,6 +114,11 @@ class MktConfig:
         if self.method == 'fedavg': object.__setattr__(self, 'average', True)
         if self.average and len(set(self.clients)) > 1:
             raise ValueError(f'method={self.method}, average=True: only equal clients can be averaged')
+
+    @property
+    def played(self) -> int:
+        "Rounds that there are: one without training, and one in which everything is trained at once."
+        return 1 if self.method in ('zero-shot', 'centralised') else self.rounds
 
     @property
     def identity(self) -> str:
@@ -371,6 +379,12 @@ def mean_of(losses: Sequence[Tensor]) -> float:
     return sum(torch.stack([*losses]).tolist()) / len(losses) if losses else 0.0
 
 # %% ../../nbs/federation/12h_mkt.ipynb #df110f77
+def own_draws(party: Party, c: MktConfig, what: str, round: int) -> AbstractContextManager[None]:
+    "What a network draws while it trains, such as dropout, depends on nothing before it."
+    g = torch_rng(c.seed, 'noise', round, 2 * party.number + (what == 'public'))
+    return seeded(int(torch.randint(2**62, (), generator=g)), party.device)
+
+
 def trained_privately(
     party: Party,
     c: MktConfig,
@@ -382,8 +396,9 @@ def trained_privately(
     assert texts is not None
     optimizer = torch.optim.AdamW([p for p in party.model.parameters() if p.requires_grad], c.lr)
     party.model.train()
-    losses = [descended(party, optimizer, F.cross_entropy(*counted_rows(party, texts, part)))
-              for part in batches(len(texts), c, 'private', round, party.number)]
+    with own_draws(party, c, 'private', round):
+        losses = [descended(party, optimizer, F.cross_entropy(*counted_rows(party, texts, part)))
+                  for part in batches(len(texts), c, 'private', round, party.number)]
     return mean_of(losses)
 
 # %% ../../nbs/federation/12h_mkt.ipynb #c64ab5d6
@@ -399,7 +414,30 @@ def healed(
     return trained_privately(party, dataclasses.replace(c, local_epochs=c.heal), c.rounds, texts)
 
 # %% ../../nbs/federation/12h_mkt.ipynb #1794a4cb
-# long: one loop
+# long: two functions that are read together
+def public_loss(
+    party: Party,
+    c: MktConfig,
+    target: TopK | None,  # [P, K], in the party's tokens
+    chosen: Tensor,  # bool [N]
+    part: Tensor,  # int64 [B]: texts
+) -> Tensor:  # 0-dim
+    "Of some public texts: their labels, and what somebody said of those that were chosen."
+    rows, wanted = counted_rows(party, party.public, part)
+    rows = rows[:, :party.vocabulary]
+    loss = F.cross_entropy(rows, wanted)
+    if target is None or c.weight == 1: return loss
+    loss, sizes = c.weight * loss, party.positions
+    kept = chosen[part].repeat_interleave(sizes[part])
+    if not kept.any(): return loss
+    end = sizes.cumsum(0)
+    at = torch.cat([torch.arange(int(end[n] - sizes[n]), int(end[n])) for n in part.tolist()])[kept]
+    rest = None if target.rest is None else target.rest[at].to(party.device)
+    taught = TopK(target.values[at].to(party.device), target.index[at].to(party.device), rest)
+    mine = rows[kept.nonzero().flatten().to(party.device)]
+    return loss + (1 - c.weight) * soft_rows(mine, taught).mean()
+
+
 def learned_from(
     party: Party,
     c: MktConfig,
@@ -408,25 +446,14 @@ def learned_from(
     round: int,
 ) -> float:  # mean loss
     "Train on the public texts."
-    first = torch.cat([torch.zeros(1, dtype=torch.int64), party.positions.cumsum(0)])
-    losses = []
     optimizer = torch.optim.AdamW([p for p in party.model.parameters() if p.requires_grad], c.lr)
     party.model.train()
-    for part in batches(len(party.public), c, 'public', round, party.number):
-        rows, wanted = counted_rows(party, party.public, part)
-        rows = rows[:, :party.vocabulary]
-        loss = F.cross_entropy(rows, wanted)
-        if target is not None and c.weight < 1:
-            loss = c.weight * loss
-            kept = torch.from_numpy(chosen)[part].repeat_interleave(party.positions[part])
-            if kept.any():
-                at = torch.cat([torch.arange(int(first[n]), int(first[n + 1])) for n in part.tolist()])[kept]
-                rest = None if target.rest is None else target.rest[at].to(party.device)
-                taught = TopK(target.values[at].to(party.device), target.index[at].to(party.device), rest)
-                mine = rows[kept.nonzero().flatten().to(party.device)]
-                loss = loss + (1 - c.weight) * soft_rows(mine, taught).mean()
-        losses.append(descended(party, optimizer, loss))
+    kept = torch.from_numpy(chosen)
+    with own_draws(party, c, 'public', round):
+        losses = [descended(party, optimizer, public_loss(party, c, target, kept, part))
+                  for part in batches(len(party.public), c, 'public', round, party.number)]
     return mean_of(losses)
+
 
 # %% ../../nbs/federation/12h_mkt.ipynb #ee8092e7
 def believed(
@@ -628,15 +655,21 @@ def play_mkt(
     if c.method in ('fedmkt', 'llm2slm'):
         for p in everybody[1:]:
             lines[p.number, 0], lines[0, p.number] = connect(p, everybody[0], c), connect(everybody[0], p, c)
-    state, curve = saved or ({}, [])
-    if saved: restored(everybody, state)
-    for p in everybody[1:] if c.heal and not saved else (): healed(p, c)
+    state, curve = copy.deepcopy(saved) if saved else ({}, [])
+    if saved:
+        restored(everybody, state)
+        c = dataclasses.replace(c, test_every=state['test_every'])  # as it began
 
     def kept() -> None:
-        if keep: keep(dict(weights=[p.model.state_dict() for p in everybody],
-                           accuracy=[p.accuracy for p in everybody]), curve)
+        if not keep: return
+        weights = [{n: t.detach().cpu().clone() for n, t in p.model.state_dict().items()} for p in everybody]
+        keep(dict(weights=weights, accuracy=[p.accuracy for p in everybody], test_every=c.test_every),
+             copy.deepcopy(curve))
 
-    rounds = 1 if c.method in ('zero-shot', 'centralised') else c.rounds
+    if c.heal and not saved:
+        for p in everybody[1:]: healed(p, c)
+        kept()
+    rounds = c.played
     for round in range(max(len(curve) - 1, 0), rounds):
         if round == len(curve):
             if c.method == 'centralised': centralised(text, everybody[0], c)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'option_scores', 'plain_words', 'exact_match', 'rouge_l', 'pieces', 'LanguageData', 'coder_of', 'evenly',
            'in_tokens', 'language_data', 'load_language', 'portions', 'Packed', 'packed', 'row_scores', 'LanguageTask',
-           'written', 'answer_scores']
+           'greedily', 'written', 'answer_scores']
 
 # %% ../../nbs/learn/09h_language.ipynb #ddde1758
 import hashlib
@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -39,6 +40,7 @@ from fedmpqkd.models.language import (
     GPTS,
     TextCoder,
     counted,
+    hub,
     load_coder,
     marked,
     trained_coder,
@@ -394,6 +396,22 @@ class LanguageTask(Task):
         return dict(accuracy=100 * float(hits.sum() / tokens.sum()), nll=mean, per_class=[], diverged=False,
                     perplexity=math.exp(min(mean, 700)), bits_per_byte=bits)
 
+# %% ../../nbs/learn/09h_language.ipynb #d3c0de10
+@contextmanager
+def greedily(
+    causal: Any,  # of `transformers`
+    most: int,  # tokens
+    end: int | None,  # token
+) -> Iterator[None]:
+    "The likeliest token each time, whatever the model is configured for, such as not to repeat itself."
+    own = causal.generation_config
+    pad = 0 if end is None else end
+    causal.generation_config = hub().GenerationConfig(
+        max_new_tokens=most, do_sample=False, eos_token_id=end, pad_token_id=pad)
+    try: yield
+    finally: causal.generation_config = own
+
+
 # %% ../../nbs/learn/09h_language.ipynb #d3c0de02
 @torch.no_grad()
 def written(
@@ -402,10 +420,11 @@ def written(
     prompts: Sequence[str],
     most: int = 32,  # tokens of an answer
     portion: int = 8,  # prompts at a time
-    until: str = '\n',  # what comes behind it is no longer the answer; '' keeps all
+    until: str = '\n',  # character that ends an answer, unless it stands in front; '' keeps all
 ) -> list[str]:
     "What a model writes behind prompts: the likeliest token each time, until it ends the answer."
     end, found, device = coder.vocabulary.role('eos'), list[str](), next(causal.parameters()).device
+    if not all(prompts): raise ValueError('an empty prompt has nothing to go on from')
     bos = coder.vocabulary.role('bos')
     first = [] if bos in (None, end) else [bos]
     for n in range(0, len(prompts), portion):
@@ -414,10 +433,9 @@ def written(
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
         real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        said = causal.generate(ids, attention_mask=real, max_new_tokens=most, do_sample=False,
-                               eos_token_id=end, pad_token_id=0 if end is None else end)
+        with greedily(causal, most, end): said = causal.generate(ids, attention_mask=real)
         found += [coder.inner.decode(row) for row in said[:, width:].tolist()]
-    return [answer.split(until)[0] for answer in found] if until else found
+    return [answer.lstrip(until).split(until)[0] for answer in found] if until else found
 
 
 # %% ../../nbs/learn/09h_language.ipynb #d3c0de09
@@ -426,6 +444,8 @@ def answer_scores(
     items: Sequence[Item],  # with references
 ) -> dict[str, float]:  # exact_match, rouge_l: percent, means over the items
     "How good answers are."
+    if not items or not all(i.references for i in items):
+        raise ValueError('answers are scored against references: there are no items, or some without any')
     each = {'exact_match': exact_match, 'rouge_l': rouge_l}
     return {name: 100 * float(np.mean([how(a, i.references) for a, i in zip(found, items, strict=True)]))
             for name, how in each.items()}

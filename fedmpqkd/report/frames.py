@@ -42,7 +42,8 @@ def find_records(
 ) -> list[Record]:
     "The records of a folder of runs."
     folder = _folder(where, results)
-    if folder.name == 'pieces': raise ValueError(f'{where} holds no runs of images or texts in one model')
+    if folder.name == 'pieces':
+        raise ValueError(f'{where}: its records have a form of their own, and are read by load(...) alone')
     return load_records(folder.parents[1], folder.parent.name, folder.name)
 
 # %% ../../nbs/report/17g_frames.ipynb #dd6f3046

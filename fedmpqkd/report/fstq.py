@@ -206,9 +206,11 @@ def fstq_rounds(
         rows.append({
             'optimiser': r['config']['optimizer'], 'budget %': 100 * budget_of(r), 'method': row_of(r),
             'kB up': size['up'] / 1e3, 'kB down': size['down'] / 1e3, 'even s': even.seconds,
-            'some slow s': mean(round_cost(*each, links, power).seconds for links in late),
+            'some slow s': (mean(round_cost(*each, links, power).seconds for links in late)
+                            if round(slow * k) else math.nan),  # too few clients for a slow one
             'lossy s': lossy.seconds, 'J a client': even.joules / k})
-    return pd.DataFrame(rows).groupby(['optimiser', 'budget %', 'method'], sort=True).mean().reset_index()
+    found = pd.DataFrame(rows)
+    return found.groupby(['optimiser', 'budget %', 'method']).mean().reset_index() if rows else found
 
 
 # %% ../../nbs/report/17h_fstq.ipynb #3733ca06

@@ -9,6 +9,7 @@ __all__ = ['AGAINST', 'WHO', 'IDLE', 'ADAPTED', 'mkt_table', 'mkt_pairs', 'idle_
 # %% ../../nbs/report/17j_mkt.ipynb #29ac2ede
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,8 @@ def mkt_choices(
     records: Sequence[Mapping[str, Any]],
 ) -> pd.DataFrame:  # one row a round; percent of the public texts, means over seeds
     "Who taught whom, and how often another way to compare losses would have chosen otherwise."
-    rows = []
+    rows, lines = [], [line for r in records for line in r['curve'] if 'chosen_up' in line]
+    both = all('changes_down' in line for line in lines)  # older records have those of the server alone
     for r in records:
         for line in r['curve']:
             if 'chosen_up' not in line: continue
@@ -107,8 +109,8 @@ def mkt_choices(
                         | {f'from client {k} %': share for k, share in enumerate(clients, 1)}
                         | {f'client {k} from server %': share for k, share in enumerate(down, 1)}
                         | {f'changed per {m} %': 100 * line['changes'][m] for m in ('byte', 'sample')}
-                        | {f'clients, per {m} %': 100 * float(np.mean([one[m] for one in each]))
-                           for m in ('byte', 'sample') if (each := line.get('changes_down'))})
+                        | {f'clients, per {m} %': 100 * mean(one[m] for one in line['changes_down'])
+                           for m in ('byte', 'sample') if both})
     if not rows: return pd.DataFrame()
     found = pd.DataFrame(rows).groupby('round')
     return found.mean().assign(n=found.n.sum()).reset_index()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..core.config import RunConfig, as_list, as_typed
-from ..core.journal import Journal, project_root, write_atomic
+from ..core.journal import Journal, project_root, read_record, write_atomic
 from ..core.machine import commit, environment
 from ..learn.language import LanguageTask, answer_scores, evenly, written
 from ..learn.reduction import reduction_lines, table_of
@@ -198,7 +198,7 @@ def written_answers(
     texts: int = 70,  # held-out ones
     most: int = 24,  # tokens of an answer
 ) -> dict[str, Any]:  # the record: what was measured, of which run, on what
-    "Let the model of a run, and the one it began from, answer; keep it in `exp7/answers/`."
+    "Let the model of a run, and the one it began from, answer; keep it in `exp7/answers.json`."
     root = results or project_root() / 'results'
     journal, task, model = _trained(c, group, root, data_dir)
     data = task.data
@@ -210,7 +210,8 @@ def written_answers(
     record = dict(run=journal.id, method=c.method, optimizer=c.optimizer, share=c.update_share, seed=c.seed,
                   model=c.model, dataset=c.dataset, texts=len(items), most=most,
                   environment=environment(), commit=commit(), lines=lines)
-    path = root / 'exp7' / 'answers' / f'{c.method}_seed={c.seed}_{journal.id}.json'
-    write_atomic(path, (json.dumps(record, indent=1) + '\n').encode())
+    path = root / 'exp7' / 'answers.json'
+    others = read_record(path)['runs'] if path.exists() else {}
+    write_atomic(path, (json.dumps(dict(runs=others | {journal.id: record}), indent=1) + '\n').encode())
     return record
 

@@ -21,6 +21,7 @@ from fedmpqkd.data.text import (
     Letters,
     almanac_rows,
     articles,
+    hub_folder,
     items_hash,
     load_text,
     natural_labels,
@@ -186,12 +187,37 @@ def test_a_name_with_a_slash_is_one_on_the_hub(tmp_path: Path, monkeypatch: pyte
         load_text("them/arc/Hard")
 
 
-@pytest.mark.parametrize("name", ["no--body/no.thing", "a/b c", "nobody/nothing"])
+@pytest.mark.parametrize("name", ["no--body/no.thing", "nobody/nothing"])
 def test_what_the_hub_does_not_give_is_said_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataMissing, match=f"^{name} is in no folder here, and the hub did not give it: .+$"):
-        load_text(name)
+    said = f"{name} is in none of: .*the hub did not give it: .+ needs no files"
+    with pytest.raises(DataMissing, match=said): load_text(name)
+
+
+@pytest.mark.parametrize("name", ["a/b c", "them/arc/../../..", "them/arc//etc", "them/.."])
+def test_names_that_lead_elsewhere_are_no_names(name: str, monkeypatch: pytest.MonkeyPatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: pytest.fail("the hub was asked"))
+    with pytest.raises(DataMissing, match="is no name on the hub"): hub_folder(name)
+    with pytest.raises(DataMissing, match=r"^\./own/set is in none of"): load_text("./own/set")
+
+
+@pytest.mark.parametrize("error", [OSError(), KeyError("x"), RuntimeError("no network\nand more")])
+def test_whatever_the_hub_says_the_set_is_missing(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def fails(*a, **k): raise error
+    monkeypatch.setattr(hub, "snapshot_download", fails)
+    with pytest.raises(DataMissing, match="them/arc: the hub did not give it: .+$"): hub_folder("them/arc")
+
+
+def test_a_hub_folder_called_data_is_no_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hub = pytest.importorskip("huggingface_hub")
+    write(tmp_path / "data", "train", [{"text": "a"}] * 20)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: str(tmp_path))
+    here, there = load_text("data", tmp_path), load_text("them/set")
+    assert {i.group for i in there.train} == {i.group for i in here.train}
 
 
 @pytest.mark.parametrize("kind", KINDS)

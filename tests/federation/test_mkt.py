@@ -277,4 +277,103 @@ def test_a_damaged_checkpoint_of_fedmkt_is_put_aside_and_said(tmp_path, monkeypa
 def test_a_run_that_fails_before_its_first_round_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="top_k"):
         run_mkt("smoke", "fedmkt", "0", results_dir=str(tmp_path), top_k=60000)
-    assert not list(tmp_path.rglob("*.*"))
+    assert not list(tmp_path.rglob("_work"))
+
+
+def stopped_once(tmp_path, monkeypatch, method="standalone", at=1, **fields):
+    "The settings of a run that was stopped, and its checkpoint."
+    import fedmpqkd.study.mkt as study
+    settings = dict(public=8, private=4, test=8, rounds=2) | fields
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Journal, "save", stopped(at))
+        with pytest.raises(KeyboardInterrupt):
+            run_mkt("smoke", method, "0", results_dir=str(tmp_path), **settings)
+    path, = tmp_path.rglob("checkpoint.pt")
+    return settings, path
+
+
+def altered(path, **state):
+    "A checkpoint with something else in its state, sealed as it was."
+    from fedmpqkd.core.journal import sealed, unseal
+    owner = path.parent.name.rsplit("_", 1)[-1]
+    content = unseal(path, owner)
+    content["state"] |= state
+    path.write_bytes(sealed(content, owner))
+
+
+def test_a_checkpoint_of_other_texts_is_not_used(tmp_path, monkeypatch, capsys):
+    settings, path = stopped_once(tmp_path, monkeypatch)
+    altered(path, data="another", accuracy=[12.0, 12.0, 12.0])
+    record, = run_mkt("smoke", "standalone", "0", results_dir=str(tmp_path), **settings).records
+    fresh, = run_mkt("smoke", "standalone", "0", results_dir=str(tmp_path / "fresh"), **settings).records
+    assert "its checkpoint is of other texts" in capsys.readouterr().out and record["curve"] == fresh["curve"]
+
+
+def test_the_machines_of_a_resumed_run_are_named(tmp_path, monkeypatch, capsys):
+    settings, path = stopped_once(tmp_path, monkeypatch)
+    altered(path, machines=["a larger machine"])
+    record, = run_mkt("smoke", "standalone", "0", results_dir=str(tmp_path), **settings).records
+    assert record["environment"]["earlier"] == ["a larger machine"]
+    assert "standalone, seed 0: it goes on behind round 1 of 2" in capsys.readouterr().out
+
+
+def test_a_healed_client_is_not_healed_twice(tmp_path, monkeypatch):
+    "The first checkpoint is that of the healing."
+    import fedmpqkd.federation.mkt as federation
+    settings, path = stopped_once(tmp_path, monkeypatch, "llm2slm", heal=1)
+    whole, = run_mkt("smoke", "llm2slm", "0", results_dir=str(tmp_path / "whole"), **settings).records
+    monkeypatch.setattr(federation, "healed", lambda *a: pytest.fail("healed again"))
+    rest, = run_mkt("smoke", "llm2slm", "0", results_dir=str(tmp_path), **settings).records
+    assert rest["curve"] == whole["curve"]
+
+
+def test_a_resumed_run_is_tested_as_it_began(tmp_path, monkeypatch):
+    settings, path = stopped_once(tmp_path, monkeypatch, at=1, test_every=2)
+    settings |= dict(test_every=1, results_dir=str(tmp_path))
+    record, = run_mkt("smoke", "standalone", "0", **settings).records
+    assert record["config"]["test_every"] == 2 and ["accuracy" in x for x in record["curve"]] == [False, True]
+
+
+def test_what_is_kept_is_nobodys_but_the_keepers(facts):
+    c, kept = MktConfig(**FEW | dict(rounds=2)), []
+    record = play_mkt(facts, c, keep=lambda *both: kept.append(both))
+    assert [len(curve) for _, curve in kept] == [1, 1, 1, 1, 2, 2, 2, 2]
+    again = [play_mkt(facts, c, saved=kept[1]) for _ in range(2)]  # the same state twice
+    assert again[0]["curve"] == again[1]["curve"] == record["curve"] and len(kept[1][1]) == 1
+    assert not torch.equal(kept[0][0]["weights"][1]["causal.lm_head.weight"],
+                           kept[4][0]["weights"][1]["causal.lm_head.weight"])
+
+
+def test_a_network_that_draws_draws_the_same_after_a_stop(facts, tmp_path):
+    "GPT-2 has dropout of its own."
+    import transformers
+
+    from fedmpqkd.models.language import trained_coder
+    coder = trained_coder("byte-bpe:300", [i.prompt + i.target for i in facts.train])
+    own = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=len(coder.vocabulary), n_positions=128, n_embd=32, n_layer=2, n_head=2))
+    assert own.config.resid_pdrop > 0
+    own.save_pretrained(tmp_path / "gpt2")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=coder.inner).save_pretrained(tmp_path / "gpt2")
+    c, kept = MktConfig(method="standalone", clients=(f"{tmp_path}/gpt2/own",), **FEW | dict(rounds=2)), []
+    torch.manual_seed(1)
+    record = play_mkt(facts, c, keep=lambda *both: kept.append(both))
+    torch.manual_seed(2)
+    assert play_mkt(facts, c, saved=kept[0])["curve"] == record["curve"]
+
+
+def test_numbers_that_json_does_not_know_lose_no_run(tmp_path, monkeypatch):
+    import fedmpqkd.federation.mkt as federation
+    monkeypatch.setattr(federation, "mean_of", lambda losses: float("nan"))
+    record, = run_mkt("smoke", "standalone", "0", results_dir=str(tmp_path), **FEW).records
+    assert record["curve"][0]["loss_private"] == [None, None] and record["summary"]["mean_client"] >= 0
+
+
+def test_what_a_killed_process_leaves_beside_its_record_is_swept(tmp_path):
+    from fedmpqkd.core.journal import WorkingFolder
+    fields = dict(results_dir=str(tmp_path), **FEW)
+    record, = run_mkt("smoke", "standalone", "0", **fields).records
+    name = f"standalone_seed=0_{record['id']}"
+    left = WorkingFolder(tmp_path / "exp6" / "smoke" / "pieces" / "_work" / name)
+    with left.claim(): (left.folder / "checkpoint.pt").write_bytes(b"weights")
+    assert run_mkt("smoke", "standalone", "0", **fields).records == [record] and not left.folder.exists()

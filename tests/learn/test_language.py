@@ -138,13 +138,37 @@ def test_what_a_model_writes_is_its_likeliest_token_again_and_again(rank):
                 for p in prompts]
     assert found == [coder.inner.decode(row) for row in bare] and len(set(found)) > 1
     mark = found[0][2]
-    assert written(causal, coder, prompts[:1], most=7, until=mark) == [found[0].split(mark)[0]]
+    assert written(causal, coder, prompts[:1], most=7, until=mark) == [found[0].lstrip(mark).split(mark)[0]]
 
 
 def test_scores_of_answers():
     items = [Item("q", references=r) for r in ((" a red kettle", " kettle"), (" the tall ships sail",))]
     assert answer_scores([" the kettle", " tall ships"], items) == dict(
         exact_match=50.0, rouge_l=pytest.approx(50 * (2 / 3 + 2 / 3)))
+    for some in ([], [Item("q", (" a", " b"))]):  # options are no references
+        with pytest.raises(ValueError, match="no items, or some without any"):
+            answer_scores([" a"] * len(some), some)
+
+
+def test_what_is_written_does_not_follow_the_models_own_habits():
+    "A model's configuration may punish repetition; an answer may begin behind an empty line."
+    c = make_config("fedavg", **FIELDS, text_kind="answer")
+    task = LanguageTask(load_language(c))
+    causal, coder = causal_of(task.network(c).eval()), task.data.coder
+    asked = [i.prompt for i in task.data.test_items[:3]]
+    plain_ = written(causal, coder, asked, most=8)
+    causal.generation_config.repetition_penalty = 5.0
+    assert written(causal, coder, asked, most=8) == plain_
+    with pytest.raises(ValueError, match="an empty prompt"): written(causal, coder, [""])
+
+    class Says:
+        generation_config = None
+        parameters = staticmethod(lambda: iter([torch.zeros(1)]))
+
+        def generate(self, ids, **kw):
+            said = coder.inner.encode("\n\nthe kettle\nand more", add_special_tokens=False).ids
+            return torch.cat([ids, torch.tensor([said] * len(ids))], 1)
+    assert written(Says(), coder, asked[:1]) == ["the kettle"]
 
 
 def bare_adapter(base, c, data, batches):
