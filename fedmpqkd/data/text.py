@@ -418,7 +418,6 @@ def texts_at_hand(
              and any(f.rglob('*.parquet'))}
     return sorted(found)
 
-
 # %% ../../nbs/data/02b_text.ipynb #c0947b25
 def hub_folder(
     name: str,  # OWNER/NAME or OWNER/NAME/FOLDER
@@ -444,7 +443,6 @@ def hub_folder(
     whole = not any(place.glob('*.parquet')) and [p.name for p in place.iterdir() if p.is_dir()] == ['data']
     return place / 'data' if whole else place
 
-
 # %% ../../nbs/data/02b_text.ipynb #c0947b27
 def text_folder(
     name: str,  # of the set
@@ -462,8 +460,7 @@ def text_folder(
     raise DataMissing(
         f'{name} is in none of: {", ".join(str(p / name) for p in places)}{where}. Put its Parquet files, '
         f'in the schema of the Hugging Face hub, in DIR/{name} and pass data_dir=DIR or set '
-        "$FEDMPQKD_DATA=DIR; "
-        "'almanac' needs no files.")
+        "$FEDMPQKD_DATA=DIR; 'almanac' needs no files.")
 
 # %% ../../nbs/data/02b_text.ipynb #fa50d2c7
 def the_only_file(

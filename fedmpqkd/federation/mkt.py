@@ -454,7 +454,6 @@ def learned_from(
                   for part in batches(len(party.public), c, 'public', round, party.number)]
     return mean_of(losses)
 
-
 # %% ../../nbs/federation/12h_mkt.ipynb #ee8092e7
 def believed(
     message: LogitMessage,

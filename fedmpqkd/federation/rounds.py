@@ -33,7 +33,6 @@ from ..learn.teacher import remembers
 from ..learn.vision import as_vision
 from ..wire.format import Meter, WireError
 from ..wire.messages import CONTROL
-from ..wire.mixed import BudgetCode, check_share
 
 # %% ../../nbs/federation/12a_rounds.ipynb #5efd6618
 def round_half_up(x: float) -> int:
@@ -178,7 +177,6 @@ def open_run(
     pool, labels = WorkerPool(config, task, device, workers), task.labels.cpu().numpy()
     parts = _shared_out(labels[start.private], config)
     parts, validation = hold_out(start.held(parts), config)
-    check_share(BudgetCode.of(config), pool.replica.layout.sizes())
     server = Server(config, pool.replica.layout, pool.replica.state | start.state)
     server.register([len(p) for p in parts.parts])
     control = {CONTROL + n: t for n, t in server.control.items()}

@@ -24,7 +24,6 @@ from .pool import evaluate, task_of
 from .rounds import Start, open_run, run_round
 from ..learn.replica import Replica, layout_of
 from ..learn.task import Task
-from ..wire.mixed import BudgetCode, check_share
 
 # %% ../../nbs/federation/12c_warmstart.ipynb #4fa2a3c9
 _CENTRAL = (
@@ -141,8 +140,7 @@ def starting_point(
     labels = task_of(data, device).true_labels.cpu()
     scratch = Start.scratch(len(labels))
     if kind == 'none': return scratch
-    shape = layout_of(config, task_of(data))
-    check_share(BudgetCode.of(config), shape.sizes())  # now, and not after an hour of preparation
+    layout_of(config, task_of(data))  # refuses what cannot work now, and not after an hour of preparation
 
     before, make = start_config(config), after_fedavg if kind == 'fedavg' else after_public
     id = run_id(before, data.fingerprint)

@@ -411,7 +411,6 @@ def greedily(
     try: yield
     finally: causal.generation_config = own
 
-
 # %% ../../nbs/learn/09h_language.ipynb #d3c0de02
 @torch.no_grad()
 def written(
@@ -437,7 +436,6 @@ def written(
         found += [coder.inner.decode(row) for row in said[:, width:].tolist()]
     return [answer.lstrip(until).split(until)[0] for answer in found] if until else found
 
-
 # %% ../../nbs/learn/09h_language.ipynb #d3c0de09
 def answer_scores(
     found: Sequence[str],
@@ -449,4 +447,3 @@ def answer_scores(
     each = {'exact_match': exact_match, 'rouge_l': rouge_l}
     return {name: 100 * float(np.mean([how(a, i.references) for a, i in zip(found, items, strict=True)]))
             for name, how in each.items()}
-

@@ -31,6 +31,7 @@ from fedmpqkd.models.vision import (
     use_pointwise_matmul,
     use_tiny_depthwise,
 )
+from ..wire.mixed import BudgetCode, check_share
 
 # %% ../../nbs/learn/09b_replica.ipynb #925f9024
 @dataclass
@@ -207,6 +208,7 @@ def layout_of(
     except ValueError as why: raise ValueError(f'model {config.model!r}: {why}') from why
     if not found.quantized and (config.update != 'fp32' or config.uplink != 'model'):
         raise ValueError(f'model {config.model!r} has no convolution or linear layer that could be quantised')
+    check_share(BudgetCode.of(config), found.sizes())
     return found
 
 # %% ../../nbs/learn/09b_replica.ipynb #978a3413

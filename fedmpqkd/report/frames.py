@@ -89,7 +89,6 @@ def _pieces(folder: Path, curves: bool) -> list[dict[str, Any]]:
             rows.append(own | named | facts | settings)
     return rows
 
-
 # %% ../../nbs/report/17g_frames.ipynb #79409e0d
 def _tell_mixed(where: str | Path, frame: pd.DataFrame) -> None:
     "Say that a folder holds several data sets, or one that has changed."

@@ -194,14 +194,13 @@ def fstq_rounds(
     slow: float = 0.2,  # share of clients that are slow, in the second column
     loss: float = 0.2,  # share of packets that are lost, in the third
     power: Power = PUBLISHED_POWER,  # of a client
-    draws: int = 100,  # of who is slow, and how slow
 ) -> pd.DataFrame:  # one row a method, budget and optimiser
     "Seconds of a round on three kinds of links, and joules of a client on the first."
     rows = []
     for r in records:
         size, k = message_bytes(r), r['curve'][0]['sampled']
         each = [size['up']] * k, [size['down']] * k, [compute] * k
-        late = [straggling_links(k, slow, rng(0, 'links', n)) for n in range(draws)]
+        late = [straggling_links(k, slow, rng(0, 'links', n)) for n in range(100)]
         even, lossy = (round_cost(*each, [Link(loss=x)] * k, power) for x in (0.0, loss))
         rows.append({
             'optimiser': r['config']['optimizer'], 'budget %': 100 * budget_of(r), 'method': row_of(r),
@@ -211,7 +210,6 @@ def fstq_rounds(
             'lossy s': lossy.seconds, 'J a client': even.joules / k})
     found = pd.DataFrame(rows)
     return found.groupby(['optimiser', 'budget %', 'method']).mean().reset_index() if rows else found
-
 
 # %% ../../nbs/report/17h_fstq.ipynb #3733ca06
 def _traffic_words(less: pd.DataFrame) -> str:

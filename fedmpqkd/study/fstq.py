@@ -161,6 +161,12 @@ def _trained(
     return journal, task, model.eval()
 
 
+def _measured(c: RunConfig, journal: Journal, **found: Any) -> dict[str, Any]:
+    "What was found, of which run, and where."
+    about = {k: getattr(c, k) for k in ('method', 'optimizer', 'seed', 'model', 'dataset', 'precision')}
+    place = dict(environment=environment(), commit=commit())
+    return dict(run=journal.id, share=c.update_share) | about | found | place
+
 # %% ../../nbs/study/16j_fstq.ipynb #d105c16d
 # long: a model, texts, and what is said of them
 def shorter_prompts(
@@ -181,10 +187,8 @@ def shorter_prompts(
     table = table_of(model, embedding_of(model), task, own, size)
     lines = reduction_lines(model, task.test_samples[some], task.test_targets[some, -1], table, shares,
                             clock=time.process_time)
-    record = dict(run=journal.id, method=c.method, seed=c.seed, model=c.model, dataset=c.dataset,
-                  precision=c.precision, texts=len(some), table_texts=len(own),
-                  clock=f'process time, threads: {torch.get_num_threads()}',
-                  environment=environment(), commit=commit(), lines=lines)
+    record = _measured(c, journal, texts=len(some), table_texts=len(own), lines=lines,
+                       clock=f'process time, threads: {torch.get_num_threads()}')
     write_atomic(root / 'exp7' / 'reduction.json', (json.dumps(record, indent=1) + '\n').encode())
     return record
 
@@ -207,11 +211,8 @@ def written_answers(
     start = build_language_model(c, len(data.coder.vocabulary)).eval()
     lines = [dict(model=name, **answer_scores(written(causal_of(m), data.coder, asked, most), items))
              for name, m in (('before', start), ('after', model))]
-    record = dict(run=journal.id, method=c.method, optimizer=c.optimizer, share=c.update_share, seed=c.seed,
-                  model=c.model, dataset=c.dataset, texts=len(items), most=most,
-                  environment=environment(), commit=commit(), lines=lines)
+    record = _measured(c, journal, texts=len(items), most=most, lines=lines)
     path = root / 'exp7' / 'answers.json'
     others = read_record(path)['runs'] if path.exists() else {}
     write_atomic(path, (json.dumps(dict(runs=others | {journal.id: record}), indent=1) + '\n').encode())
     return record
-

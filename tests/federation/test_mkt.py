@@ -317,6 +317,17 @@ def test_the_machines_of_a_resumed_run_are_named(tmp_path, monkeypatch, capsys):
     assert "standalone, seed 0: it goes on behind round 1 of 2" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_a_gpu_is_read_without_one(tmp_path, monkeypatch):
+    "Its tensors are on the host; one that says otherwise is brought there."
+    from fedmpqkd.core.journal import sealed, unseal
+    tag = torch.serialization.location_tag
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda s: "cuda:0" if tag(s) == "cpu" else tag(s))
+        (tmp_path / "far").write_bytes(sealed(dict(w=torch.arange(3.0)), "me"))
+    assert b"cuda:0" in (tmp_path / "far").read_bytes()
+    assert torch.equal(unseal(tmp_path / "far", "me")["w"], torch.arange(3.0))
+
+
 def test_a_healed_client_is_not_healed_twice(tmp_path, monkeypatch):
     "The first checkpoint is that of the healing."
     import fedmpqkd.federation.mkt as federation
