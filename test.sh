@@ -30,6 +30,6 @@ if (($# == 0)); then
 fi
 
 printf '\n== pytest\n'  # export drift, clean drift and the shape of the pages are tests as well
-"$python" -m pytest -n 2 --durations 15 "$@"
+"$python" -m pytest -n 2 --dist worksteal --durations 15 "$@"
 code=$?
 exit $((status ? status : code))
