@@ -543,20 +543,24 @@ def _right(party: Party, items: Sequence[Item], c: MktConfig) -> float:
     return 100 * float((scores.argmax(1) == right).double().mean())
 
 
+def _start(party: Party, items: Sequence[Item], c: MktConfig) -> tuple[Any, ...] | None:
+    "What decides a model's answers while its adapters are without effect; None once it is trained."
+    if not all('lora_A' in name or not p.any() for name, p in party.model.named_parameters()): return None
+    asked = hashlib.sha256(party.test.numpy().tobytes()).digest(), tuple(i.label for i in items)
+    model = (c.server, *c.clients)[party.number], c.precision, party.coder.vocabulary.fingerprint
+    return *asked, *model, c.option_score, party.device
+
+
 def test_accuracy(
     party: Party,
     items: Sequence[Item],
     c: MktConfig,
 ) -> float:  # percent
-    "How many options it gets right; remembered until it is trained again, and for other runs before it is trained."
+    "How many options it gets right; remembered until it is trained again, and before that for all runs."
     if party.accuracy is None:
-        if all('lora_A' in name or not p.any() for name, p in party.model.named_parameters()):
-            asked = hashlib.sha256(party.test.numpy().tobytes()).digest(), tuple(i.label for i in items)
-            base = (c.server, *c.clients)[party.number], c.precision, party.coder.vocabulary.fingerprint
-            known = *base, *asked, c.option_score, party.device
-            if known not in _untrained: _untrained[known] = _right(party, items, c)
-            party.accuracy = _untrained[known]
-        else: party.accuracy = _right(party, items, c)
+        start = _start(party, items, c)
+        party.accuracy = _untrained[start] if start in _untrained else _right(party, items, c)
+        if start: _untrained[start] = party.accuracy
     return party.accuracy
 
 

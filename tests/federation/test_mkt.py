@@ -355,8 +355,8 @@ def test_what_is_kept_is_nobodys_but_the_keepers(facts):
                            kept[4][0]["weights"][1]["causal.lm_head.weight"])
 
 
-def test_a_network_that_draws_draws_the_same_after_a_stop(facts, tmp_path):
-    "GPT-2 has dropout of its own."
+def saved_gpt2(folder, facts):
+    "A small GPT-2, which has dropout of its own, and its tokenizer; as the name of a model."
     import transformers
 
     from fedmpqkd.models.language import trained_coder
@@ -364,13 +364,32 @@ def test_a_network_that_draws_draws_the_same_after_a_stop(facts, tmp_path):
     own = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=len(coder.vocabulary), n_positions=128, n_embd=32, n_layer=2, n_head=2))
     assert own.config.resid_pdrop > 0
-    own.save_pretrained(tmp_path / "gpt2")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=coder.inner).save_pretrained(tmp_path / "gpt2")
-    c, kept = MktConfig(method="standalone", clients=(f"{tmp_path}/gpt2/own",), **FEW | dict(rounds=2)), []
+    own.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=coder.inner).save_pretrained(folder)
+    return f"{folder}/own"
+
+
+def test_a_network_that_draws_draws_the_same_after_a_stop(facts, tmp_path):
+    clients = (saved_gpt2(tmp_path / "gpt2", facts),)
+    c, kept = MktConfig(method="standalone", clients=clients, **FEW | dict(rounds=2)), []
     torch.manual_seed(1)
     record = play_mkt(facts, c, keep=lambda *both: kept.append(both))
     torch.manual_seed(2)
     assert play_mkt(facts, c, saved=kept[0])["curve"] == record["curve"]
+
+
+def test_what_nothing_has_trained_is_tested_once_for_all_runs(facts, tmp_path, monkeypatch):
+    "A pretrained server that takes no part; what is trained, or drawn for a seed, is tested in each run."
+    import fedmpqkd.federation.mkt as federation
+    monkeypatch.setattr(federation, "_untrained", {})
+    tested, right = [], federation._right
+    monkeypatch.setattr(federation, "_right", lambda p, *a: tested.append(p.number) or right(p, *a))
+    c = MktConfig(method="standalone", server=saved_gpt2(tmp_path / "gpt2", facts), **FEW)
+    server = [play_mkt(facts, dataclasses.replace(c, seed=s))["summary"]["server"] for s in (0, 1)]
+    assert tested == [0, 1, 2, 1, 2] and server[0] == server[1]
+    play_mkt(facts, dataclasses.replace(c, seed=2, test=4))  # other questions
+    play_mkt(facts, dataclasses.replace(c, method="public-ce"))  # trained
+    assert tested[5:] == [0, 1, 2, 0, 1, 2]
 
 
 def test_numbers_that_json_does_not_know_lose_no_run(tmp_path, monkeypatch):
