@@ -15,21 +15,26 @@ export MPLBACKEND=Agg PYDEVD_DISABLE_FILE_VALIDATION=1
 
 status=0
 step() {  # name, command...
-  printf '\n== %s\n' "$1"; shift
+  printf '\n== %s, %d s\n' "$1" "$SECONDS"; shift
   "$@"; local code=$?
   if ((code)); then echo "-- failed with exit code $code"; fi
   if ((status == 0)); then status=$code; fi
 }
 
-step "ruff" ruff check .
-step "mypy" mypy
-step "the notebooks' own tests" nbdev_test --n_workers 2 --timing
+types=$(mktemp)
+trap 'rm -f "$types"' EXIT
+mypy >"$types" 2>&1 &  # beside what needs one core
+mypy=$!
+finished() { wait "$mypy"; local code=$?; cat "$types"; return "$code"; }
 
+step "ruff" ruff check .
 if (($# == 0)); then
   step "sliders in a browser, the short form" "$python" -m pytest -n 0 -m 'browser and short' tests/browser
 fi
+step "the notebooks' own tests" nbdev_test --n_workers 2 --timing
+step "mypy" finished
 
-printf '\n== pytest\n'  # export drift, clean drift and the shape of the pages are tests as well
+printf '\n== pytest, %d s\n' "$SECONDS"  # export drift, clean drift and the shape of the pages are tests as well
 "$python" -m pytest -n 2 --dist worksteal --durations 15 "$@"
 code=$?
 exit $((status ? status : code))
