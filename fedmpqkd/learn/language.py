@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'option_scores', 'plain_words', 'exact_match', 'rouge_l', 'pieces', 'LanguageData', 'coder_of', 'evenly',
-           'in_tokens', 'language_data', 'load_language', 'portions', 'Packed', 'packed', 'row_scores', 'LanguageTask',
-           'greedily', 'written', 'answer_scores']
+           'in_tokens', 'language_data', 'load_language', 'portions', 'Packed', 'packed', 'before_head', 'told_by',
+           'row_scores', 'LanguageTask', 'greedily', 'written', 'answer_scores']
 
 # %% ../../nbs/learn/09h_language.ipynb #ddde1758
 import hashlib
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..core.config import RunConfig, as_list
 from fedmpqkd.data.text import (
@@ -38,8 +39,11 @@ from .sensitivity import TokenSelection
 from .task import Task, rows_of
 from fedmpqkd.models.language import (
     GPTS,
+    LanguageModel,
     TextCoder,
+    WideLinear,
     counted,
+    counted_states,
     hub,
     load_coder,
     marked,
@@ -47,7 +51,7 @@ from fedmpqkd.models.language import (
     trimmed_lengths,
     unmarked,
 )
-from ..models.lora import build_language_model, embedding_of
+from ..models.lora import AdapterModel, build_language_model, causal_of, embedding_of
 
 # %% ../../nbs/learn/09h_language.ipynb #c5c4a382
 SCORES = ('token', 'byte', 'sum')
@@ -291,8 +295,47 @@ def packed(
     row = row.gather(1, place.gather(2, at).flatten(1)).unflatten(1, at.shape[1:])
     return Packed(fresh, positions, length, (added > 0).sum(1) > 1, row, labels)
 
+# %% ../../nbs/learn/09h_language.ipynb #5e1d7c21
+# long: the head, and what is kept of its output
+def before_head(
+    model: Callable[..., Tensor],  # as for `row_scores`
+    x: Tensor, *where: Tensor,  # marked ids, and their positions
+) -> tuple[Tensor, Any]:  # [m, R, H], the head; or logits and None
+    "Hidden states where the head is a linear layer and nothing comes behind it."
+    inner: Any = getattr(model, 'model', model)
+    if type(inner) in (LanguageModel, AdapterModel) and inner.plain_head:
+        causal = causal_of(inner)
+        head = causal.get_output_embeddings()
+        if type(head) in (nn.Linear, WideLinear): return counted_states(causal, x, True, *where), head
+    return model(x, *where), None
+
+
+def told_by(
+    head: nn.Linear | None,  # None: the rows are logits
+    rows: Tensor,  # [r, H], or [r, V]
+    at: Tensor,  # int64 [q]: row of each question
+    wanted: Tensor,  # int64 [q]: token that it asks for
+    width: int = 0,  # tokens at a time; 0: 4,096, and 65,536 on a GPU
+) -> tuple[Tensor, Tensor]:  # fp32 [q]: log-probabilities; bool [q]: is it the most likely token?
+    "What rows say of tokens, by slices of the vocabulary."
+    width = width or (4096 if rows.device.type == 'cpu' else 65536)
+    parts = dict(head.named_parameters()) if head is not None else {}
+    total = best = torch.full((len(rows),), -torch.inf, device=rows.device)
+    most, mine = torch.zeros_like(total, dtype=torch.int64), torch.zeros(len(at), device=rows.device)
+    for a in range(0, rows.shape[1] if head is None else head.out_features, width):
+        z = rows[:, a:a + width] if head is None else functional_call(
+            head, {name: t[a:a + width] for name, t in parts.items()}, (rows,))
+        z = z.float()
+        top, place = z.max(1)
+        most = torch.where(top > best, place + a, most)
+        best, total = torch.maximum(best, top), torch.logaddexp(total, z.logsumexp(1))
+        inside = (wanted >= a) & (wanted < a + z.shape[1])
+        mine = torch.where(inside, z[at, (wanted - a).clamp(0, z.shape[1] - 1)], mine)
+    return mine - total[at], most[at] == wanted
+
 # %% ../../nbs/learn/09h_language.ipynb #b4f24296
 # long: portions of items; the host counts
+@torch.no_grad()
 def row_scores(
     model: Callable[..., Tensor],  # marked ids, and where something branches their positions, to logits
     x: Tensor,  # int64 [n, O, T], marked
@@ -303,14 +346,15 @@ def row_scores(
     found, device, p = torch.zeros(*x.shape[:2], 3, device=x.device), x.device, packed(x.cpu())
     for part, width in portions(p.length, (p.x >= 0).sum(-1), device.type != 'cpu'):
         where = (p.positions[part, :width].to(device),) if p.branched[part].any() else ()
-        logits = model(p.x[part, :width].to(device), *where).float()  # [m, R, V]
-        shape, labels = p.labels[part].shape, p.labels[part].flatten(1).to(device)
-        row, counts = p.row[part].flatten(1).to(device), labels != IGNORED  # [m, O L]
-        item, wanted = torch.arange(len(part), device=device)[:, None], labels.clamp(min=0)
-        logp = logits[item, row, wanted] - logits.logsumexp(-1).gather(1, row)
-        hit = (logits.argmax(-1).gather(1, row) == wanted) & counts
-        told = -logp.where(counts, logp.new_zeros(())), counts.float(), hit.float()
-        found[part.to(device)] = torch.stack([v.view(shape).sum(-1) for v in told], -1)
+        states, head = before_head(model, p.x[part, :width].to(device), *where)  # [m, R, H]
+        counts = p.labels[part] != IGNORED  # [m, O, L]
+        rows = torch.arange(len(part))[:, None, None] * states.shape[1] + p.row[part]
+        used, at = rows[counts].unique(return_inverse=True)
+        asked = at.to(device), p.labels[part][counts].to(device)
+        logp, hit = told_by(head, states.flatten(0, 1)[used.to(device)], *asked)
+        told = torch.zeros(*counts.shape, 3, device=device)
+        told[counts.to(device)] = torch.stack([-logp, torch.ones_like(logp), hit.float()], -1)
+        found[part.to(device)] = told.sum(2)
     return found
 
 # %% ../../nbs/learn/09h_language.ipynb #a9325892

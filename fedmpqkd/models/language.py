@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['GPTS', 'WHEELS', 'marked', 'unmarked', 'counted', 'trimmed_lengths', 'hub', 'WideLinear', 'widen', 'wide_attention',
            'added_mask', 'choose_attention', 'passed', 'hidden_states', 'has_plain_head', 'branches', 'side_by_side',
-           'can_branch', 'counted_logits', 'LanguageModel', 'small_gpt', 'TextCoder', 'trained_coder', 'find_packed',
-           'unpacked', 'gpt2_coder', 'place_of', 'load_causal', 'load_coder', 'layers_of', 'shortened', 'spelled',
-           'reembedded']
+           'can_branch', 'counted_states', 'counted_logits', 'LanguageModel', 'small_gpt', 'TextCoder', 'trained_coder',
+           'find_packed', 'unpacked', 'gpt2_coder', 'place_of', 'load_causal', 'load_coder', 'layers_of', 'shortened',
+           'spelled', 'reembedded']
 
 # %% ../../nbs/models/04a_language.ipynb #26e4f9f9
 import importlib
@@ -168,7 +168,7 @@ def has_plain_head(causal: Any) -> bool:
     ids = torch.arange(6)[None] % causal.config.vocab_size
     head = causal.get_output_embeddings()
     causal = causal.eval()
-    wanted = causal(input_ids=ids, use_cache=False).logits.float()
+    wanted = passed(causal, causal, ids, None, None).logits.float()
     return torch.allclose(head(hidden_states(causal, ids)).float(), wanted, 1e-3, 1e-3)
 
 # %% ../../nbs/models/04a_language.ipynb #a198dd8f
@@ -224,27 +224,34 @@ def can_branch(causal: Any) -> bool:
     return bool((found - wanted).abs().max() <= loose * wanted.abs().max())
 
 # %% ../../nbs/models/04a_language.ipynb #d2a6785a
-def counted_logits(
+def counted_states(
     causal: Any,  # of `transformers`
     x: Tensor,  # int64 [..., T], from `marked`
     plain_head: bool = True,  # False: the model's own forward pass, and a selection afterwards
     positions: Tensor | None = None,  # int64 [..., T], of a text with tokens taken out, or with branches
-) -> Tensor:  # [..., L, V]
-    "Logits where a prediction counts, without gaps; behind a text's last one, those of its first position."
+) -> Tensor:  # [..., L, H], for the head; [..., L, V], logits, without a plain head
+    "What is known where a prediction counts, without gaps; behind a text's last one, that of its first position."
     rows = x.flatten(0, -2)
     at = counted(rows)[0][..., None]  # [N, L, 1]
     ids = unmarked(rows)[0]
     where = None if positions is None else positions.flatten(0, -2)
     last = (torch.arange(x.shape[-1], device=x.device) * (rows >= 0)).amax(-1)
     sees = None if where is None else branches(where, last)
-    if plain_head:
-        states = hidden_states(causal, ids, where, sees)
-        logits = causal.get_output_embeddings()(states.gather(1, at.expand(-1, -1, states.shape[-1])))
-    else:
-        logits = passed(causal, causal, ids, where, sees).logits
-        logits = logits.gather(1, at.expand(-1, -1, logits.shape[-1]))
-    found: Tensor = logits.unflatten(0, tuple(x.shape[:-1]))
+    states = (hidden_states(causal, ids, where, sees) if plain_head
+              else passed(causal, causal, ids, where, sees).logits)
+    found: Tensor = states.gather(1, at.expand(-1, -1, states.shape[-1])).unflatten(0, tuple(x.shape[:-1]))
     return found
+
+
+def counted_logits(
+    causal: Any,  # of `transformers`
+    x: Tensor,  # int64 [..., T], from `marked`
+    plain_head: bool = True,  # False: the model's own forward pass, and a selection afterwards
+    positions: Tensor | None = None,  # int64 [..., T], of a text with tokens taken out, or with branches
+) -> Tensor:  # [..., L, V]
+    "Logits where a prediction counts."
+    found = counted_states(causal, x, plain_head, positions)
+    return causal.get_output_embeddings()(found) if plain_head else found
 
 # %% ../../nbs/models/04a_language.ipynb #61c5c495
 class LanguageModel(nn.Module):

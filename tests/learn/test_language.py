@@ -337,6 +337,20 @@ def test_half_precision_attends_to_the_same_tokens(tmp_path):
             assert mine.float().sub(alone).abs().max() < error
 
 
+def test_a_plain_head_is_known_as_one_in_half_precision(tmp_path):
+    "Whichever attention is chosen: compared with another one's logits, it was taken for one that is not plain."
+    from fedmpqkd.models.language import has_plain_head, load_causal
+
+    model = small_gpt("gpt-mini", 300)
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(3)  # logits of a trained model
+    model.save_pretrained(tmp_path)
+    assert has_plain_head(load_causal(str(tmp_path), bf16=True)) and has_plain_head(model)
+    own = type(model).forward
+    model.forward = lambda *a, **k: (found := own(model, *a, **k)).__class__(logits=found.logits / 8)
+    assert not has_plain_head(model)
+
+
 def test_nothing_is_recalibrated_where_there_are_no_statistics(monkeypatch):
     from fedmpqkd.federation import run as runs
 
