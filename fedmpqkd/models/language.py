@@ -230,7 +230,7 @@ def counted_states(
     plain_head: bool = True,  # False: the model's own forward pass, and a selection afterwards
     positions: Tensor | None = None,  # int64 [..., T], of a text with tokens taken out, or with branches
 ) -> Tensor:  # [..., L, H], for the head; [..., L, V], logits, without a plain head
-    "What is known where a prediction counts, without gaps; behind a text's last one, that of its first position."
+    "Of all positions where a prediction counts, without gaps; behind a text's last one, its first again."
     rows = x.flatten(0, -2)
     at = counted(rows)[0][..., None]  # [N, L, 1]
     ids = unmarked(rows)[0]

@@ -338,7 +338,7 @@ def test_half_precision_attends_to_the_same_tokens(tmp_path):
 
 
 def test_a_plain_head_is_known_as_one_in_half_precision(tmp_path):
-    "Whichever attention is chosen: compared with another one's logits, it was taken for one that is not plain."
+    "Whichever attention is chosen: compared with another one's logits, it seemed not to be plain."
     from fedmpqkd.models.language import has_plain_head, load_causal
 
     model = small_gpt("gpt-mini", 300)
