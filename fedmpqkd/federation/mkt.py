@@ -46,7 +46,7 @@ from fedmpqkd.models.language import (
     small_gpt,
     trained_coder,
 )
-from ..models.lora import adapted, shared_copy
+from ..models.lora import AdapterModel, adapted, shared_copy
 from ..models.vision import layout, seeded
 from ..wire.format import Message, encode
 from ..wire.logits import LogitMessage, decode_logits, encode_logits
@@ -545,7 +545,8 @@ def _right(party: Party, items: Sequence[Item], c: MktConfig) -> float:
 
 def _start(party: Party, items: Sequence[Item], c: MktConfig) -> tuple[Any, ...] | None:
     "What decides a model's answers while its adapters are without effect; None once it is trained."
-    if not all('lora_A' in name or not p.any() for name, p in party.model.named_parameters()): return None
+    trained = (p.any() for name, p in party.model.named_parameters() if 'lora_A' not in name)
+    if not isinstance(party.model, AdapterModel) or any(trained): return None
     asked = hashlib.sha256(party.test.numpy().tobytes()).digest(), tuple(i.label for i in items)
     model = (c.server, *c.clients)[party.number], c.precision, party.coder.vocabulary.fingerprint
     return *asked, *model, c.option_score, party.device

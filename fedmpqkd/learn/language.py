@@ -320,9 +320,10 @@ def told_by(
     "What rows say of tokens, by slices of the vocabulary."
     width = width or (4096 if rows.device.type == 'cpu' else 65536)
     parts = dict(head.named_parameters()) if head is not None else {}
+    size = rows.shape[1] if head is None else len(head.weight)
     total = best = torch.full((len(rows),), -torch.inf, device=rows.device)
     most, mine = torch.zeros_like(total, dtype=torch.int64), torch.zeros(len(at), device=rows.device)
-    for a in range(0, rows.shape[1] if head is None else head.out_features, width):
+    for a in range(0, size, width):
         z = rows[:, a:a + width] if head is None else functional_call(
             head, {name: t[a:a + width] for name, t in parts.items()}, (rows,))
         z = z.float()
@@ -352,9 +353,9 @@ def row_scores(
         used, at = rows[counts].unique(return_inverse=True)
         asked = at.to(device), p.labels[part][counts].to(device)
         logp, hit = told_by(head, states.flatten(0, 1)[used.to(device)], *asked)
-        told = torch.zeros(*counts.shape, 3, device=device)
-        told[counts.to(device)] = torch.stack([-logp, torch.ones_like(logp), hit.float()], -1)
-        found[part.to(device)] = told.sum(2)
+        told = torch.stack([-logp, torch.ones_like(logp), hit.float()], -1)
+        option = part[:, None, None] * counts.shape[1] + torch.arange(counts.shape[1])[:, None]
+        found.view(-1, 3).index_add_(0, option.expand_as(counts)[counts].to(device), told)
     return found
 
 # %% ../../nbs/learn/09h_language.ipynb #a9325892

@@ -488,8 +488,8 @@ def reembedded(
         mean = weight.mean(0)
         fresh = torch.stack([weight[ids].mean(0) if ids else mean for ids in rows])
         layer.weight = nn.Parameter(fresh.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
-        if isinstance(layer, nn.Embedding): layer.num_embeddings = len(rows)
-        else: layer.out_features = len(rows)
-    if tied: causal.get_output_embeddings().weight = causal.get_input_embeddings().weight
+    inner, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    if tied: head.weight = inner.weight
+    inner.num_embeddings = head.out_features = len(rows)
     causal.config.vocab_size = len(rows)
     return causal

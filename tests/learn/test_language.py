@@ -351,6 +351,29 @@ def test_a_plain_head_is_known_as_one_in_half_precision(tmp_path):
     assert not has_plain_head(model)
 
 
+@pytest.mark.parametrize("entries", [200, 400])
+def test_a_model_for_another_tokenizer_is_scored_over_all_its_tokens(entries):
+    "Its head has more entries than it was made with, or fewer."
+    from fedmpqkd.learn.language import row_scores
+    from fedmpqkd.models.language import counted, marked, reembedded, trained_coder
+    from fedmpqkd.models.lora import adapted
+
+    texts = [i.prompt + i.target for i in load_text(kind="class").train]
+    old = trained_coder("byte-bpe:300", texts)
+    new = trained_coder("unigram:200" if entries < 300 else "byte-bpe:400", texts)
+    causal = small_gpt("gpt-tiny", len(old.vocabulary))
+    causal.lm_head.weight = causal.model.embed_tokens.weight  # tied, as in SmolLM2
+    model = adapted(reembedded(causal, old, new.vocabulary), 2)
+    n = len(new.vocabulary)
+    ids = torch.randint(n, (3, 9), generator=torch.Generator().manual_seed(0))
+    ids[:, -1] = n - 1
+    x = marked(ids, ids.roll(-1, 1).index_fill(1, torch.tensor([8]), -100))
+    with torch.no_grad(): logp, (_, labels) = model(x).log_softmax(-1), counted(x)
+    assert logp.shape[-1] == n == causal.get_output_embeddings().out_features
+    wanted = -logp.gather(-1, labels[..., None])[..., 0].sum(1)
+    assert torch.allclose(row_scores(model, x[:, None])[:, 0, 0], wanted, atol=1e-4)
+
+
 def test_nothing_is_recalibrated_where_there_are_no_statistics(monkeypatch):
     from fedmpqkd.federation import run as runs
 
