@@ -17,10 +17,10 @@ from typing import Any
 
 from ..core.config import as_list, as_typed
 from ..core.journal import Claimed, Damaged, Journal, project_root, read_record, write_atomic
-from ..core.machine import commit, environment
+from ..core.machine import commit, environment, machine_name
 from ..data.images import DataMissing
 from ..data.text import TextData, load_text
-from ..federation.mkt import MktConfig, play_mkt
+from ..federation.mkt import MktConfig, idle_fields, play_mkt
 from .experiments import choose_device, say_missing, wait_for
 
 # %% ../../nbs/study/16i_mkt.ipynb #76fc145c
@@ -55,14 +55,15 @@ def plan_mkt(
     if preset not in MKT_PRESETS:
         raise ValueError(f'preset={preset!r}: allowed are {", ".join(MKT_PRESETS)}')
     values = MKT_PRESETS[preset] | {k: v for k, v in fields.items() if v not in ('', None)}
-    rows = as_list(methods) or as_list(values['methods'])
-    numbers = as_list(seeds) or as_list(values['seeds'])
+    rows = dict.fromkeys(as_list(methods) or as_list(values['methods']))
+    numbers = dict.fromkeys(as_typed('seeds', int, s) for s in as_list(seeds) or as_list(values['seeds']))
     kinds: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(MktConfig)}
+    if twice := sorted({'method', 'seed'} & set(fields)): raise ValueError(f'{twice[0]}: say {twice[0]}s=...')
     if unknown := sorted(set(values) - set(kinds) - {'methods', 'seeds'}):
         raise ValueError(f'unknown parameter {unknown[0]!r}; known: {", ".join(kinds)}')
     typed: dict[str, Any] = {k: v if k == 'clients' else as_typed(k, kinds[k], v)
                              for k, v in values.items() if k in kinds}
-    return [MktConfig(**typed | dict(method=m, seed=int(s))) for s in numbers for m in rows]
+    return [MktConfig(**typed | dict(method=m, seed=s)) for s in numbers for m in rows]
 
 # %% ../../nbs/study/16i_mkt.ipynb #9193f59d
 CITED_MKT = ('study-a', 'study-b')  # what is evidence
@@ -136,11 +137,14 @@ def without_nan(x: Any) -> Any:
 def _played(text: TextData, c: MktConfig, journal: Journal, device: str) -> dict[str, Any]:
     "The record of a run, or of the rest of it; after a round or a test, it says how far it is."
     saved, machine, told = _saved(journal, c, text.fingerprint), environment(device), time.monotonic()
-    machines = sorted({machine['device'], *(saved[0]['machines'] if saved else ())})
+    before = saved[0] if saved else {}
+    machines = sorted({machine_name(machine), *before.get('machines', ())})
+    commits = sorted({commit(), *before.get('commits', ())})
 
     def keep(state: dict[str, Any], curve: list[dict[str, Any]]) -> None:
         nonlocal told
-        journal.save(state | dict(data=text.fingerprint, machines=machines), without_nan(curve))
+        kept = dict(data=text.fingerprint, machines=machines, commits=commits)
+        journal.save(state | kept, without_nan(curve))
         if time.monotonic() - told < 30: return
         tested = [f'{a:.1f}' for a in state['accuracy'] if a is not None]
         measured = f': {", ".join(tested)} % right' if tested else ''
@@ -148,8 +152,11 @@ def _played(text: TextData, c: MktConfig, journal: Journal, device: str) -> dict
         told = time.monotonic()
 
     record = play_mkt(text, c, device, saved, keep)
-    if earlier := [m for m in machines if m != machine['device']]: machine['earlier'] = earlier
-    whole: dict[str, Any] = without_nan(record | dict(environment=machine, commit=commit()))
+    if earlier := [m for m in machines if m != machine_name(machine)]: machine['earlier'] = earlier
+    last = commit()
+    record |= dict(environment=machine, commit=last)
+    if older := [c for c in commits if c != last]: record['earlier_commits'] = older
+    whole: dict[str, Any] = without_nan(record)
     return whole
 
 
@@ -200,6 +207,9 @@ def run_mkt(
     results = Path(results_dir).expanduser() if results_dir else project_root() / 'results'
     outcome = MktOutcome(preset, [], results)
     print(f'exp6: preset {preset}, {len(configs)} runs of {configs[0].rounds} rounds on {device}')
+    for name in (n for n, v in fields.items() if v not in ('', None)):
+        idle = [m for m in dict.fromkeys(c.method for c in configs) if name in idle_fields(m)]
+        if idle: print(f'{name} changes nothing in {", ".join(idle)}')
     records, told = dict[int, dict[str, Any]](), set[str]()
     while True:
         busy = []

@@ -39,10 +39,22 @@ def trained(party, c, rounds=15):
     return party
 
 
+def ends(facts, c):
+    "The record of a run, and the weights that everybody has at its end."
+    kept = []
+    record = play_mkt(facts, c, keep=lambda state, _: kept.append(state["weights"]))
+    return record, kept[-1]
+
+
+def alike(one, other): return all(torch.equal(t, other[name]) for name, t in one.items())
+
+
 def test_without_weight_on_logits_fedmkt_is_its_control(facts):
     "lambda = 1: the same steps on the same labels, so the same models, whatever was exchanged."
-    one, other = (play_mkt(facts, MktConfig(method=m, weight=1.0, **FEW)) for m in ("fedmkt", "public-ce"))
-    assert one["curve"][-1]["accuracy"] == other["curve"][-1]["accuracy"]
+    (one, taught), (other, alone), (_, less) = (
+        ends(facts, MktConfig(method=m, weight=w, **FEW | dict(rounds=2)))
+        for m, w in (("fedmkt", 1.0), ("public-ce", 1.0), ("fedmkt", 0.5)))
+    assert all(map(alike, taught, alone)) and not alike(taught[0], less[0]) and not alike(taught[1], less[1])
     assert one["curve"][-1]["loss_private"] == other["curve"][-1]["loss_private"]
     assert one["summary"]["bytes_up"] > 0 == other["summary"]["bytes_up"]
 
@@ -140,8 +152,11 @@ def test_bytes_are_those_of_the_messages(facts):
 
 def test_equal_clients_are_averaged(facts):
     c = MktConfig(method="fedavg", clients=("gpt-tiny/byte-bpe:300",) * 2, **FEW)
-    record = play_mkt(facts, c)
-    assert record["config"]["average"] and len(set(record["summary"]["clients"])) == 1
+    record, (_, one, two) = ends(facts, c)
+    _, (_, first, second) = ends(facts, dataclasses.replace(c, method="standalone", average=False))
+    assert record["config"]["average"] and alike(one, two) and not alike(first, second)
+    mean = {n: (t + second[n]) / 2 for n, t in first.items()}  # both had the same start and as many texts
+    assert all(torch.allclose(t, mean[n], atol=1e-6) for n, t in one.items())
 
 
 def test_nobody_holds_anybody_elses_items(facts):
@@ -155,6 +170,10 @@ def test_nobody_holds_anybody_elses_items(facts):
     (dict(top_k=300), "top_k=300: the smallest vocabulary has"),
     (dict(clients="gpt-tiny"), "MODEL/TOKENIZER/LAYERS"),
     (dict(public=30), "need 38 items"), (dict(context=8), "no public item is short enough"),
+    (dict(clients="gpt-tiny/byte-bpe:300/1"), "has the layers that it has"),
+    (dict(clients="gpt-tiny/own"), "a tokenizer that is trained here"),
+    (dict(compat="official", check=True), "cannot be checked"),
+    (dict(compat="official", metric="byte"), "no other metric"),
 ])
 def test_what_cannot_work_is_refused(facts, fields, message):
     with pytest.raises(ValueError, match=message): play_mkt(facts, MktConfig(**FEW | fields))
@@ -399,6 +418,59 @@ def test_numbers_that_json_does_not_know_lose_no_run(tmp_path, monkeypatch):
     assert record["curve"][0]["loss_private"] == [None, None] and record["summary"]["mean_client"] >= 0
 
 
+def test_a_client_that_has_diverged_is_silent_and_its_accuracy_is_chance(facts, monkeypatch, capsys):
+    "The others go on, and the record says who it was."
+    import fedmpqkd.federation.mkt as federation
+    real = federation.trained_privately
+
+    def lost(party, *a):
+        found = real(party, *a)
+        if party.number == 2: next(party.model.parameters()).data.fill_(torch.nan)
+        return found
+    monkeypatch.setattr(federation, "trained_privately", lost)
+    record = play_mkt(facts, MktConfig(**FEW))
+    assert record["summary"]["diverged"] == [2] and record["summary"]["clients"][1] == 25.0
+    assert record["curve"][-1]["chosen_up"][3] == 0
+    assert "participants [2] have diverged" in capsys.readouterr().out
+    (_, one, _), _ = parties(facts, MktConfig(**FEW))
+    size = message_size(one.positions.tolist(), 16, one.vocabulary, tail=True).total
+    assert record["summary"]["bytes_up"] == size + 34
+
+
+def test_a_run_in_which_everybody_diverges_has_a_record(tmp_path):
+    record, = run_mkt("smoke", "fedmkt", "0", results_dir=str(tmp_path), lr=1e30, **FEW).records
+    assert record["summary"]["diverged"] == [0, 1, 2] and record["summary"]["bytes_down"] == 0
+    assert record["summary"]["clients"] == [25.0, 25.0]
+
+
+def test_runs_are_planned_once_and_named_by_lists():
+    assert len(plan_mkt("smoke", "fedmkt,fedmkt,public-ce", "0,0,1")) == 4
+    for wrong, message in ((dict(seeds="1.5"), "seeds='1.5'"), (dict(seeds="x"), "seeds='x'"),
+                           (dict(seed=5), "say seeds="), (dict(method="fedavg"), "say methods=")):
+        with pytest.raises(ValueError, match=message): plan_mkt("smoke", **wrong)
+
+
+def test_what_changes_nothing_in_a_method_is_no_part_of_its_run():
+    idle = dict(weight=0.5, top_k=4, check=True, lie="low-loss", value_bits=16)
+    assert MktConfig(method="public-ce", **idle) == MktConfig(method="public-ce")
+    assert MktConfig(method="llm2slm", lie="low-loss") == MktConfig(method="llm2slm")
+    assert MktConfig(method="llm2slm", weight=0.5).identity != MktConfig(method="llm2slm").identity
+
+
+def test_equal_clients_begin_alike_in_every_method(facts):
+    same = dict(clients=("gpt-tiny/byte-bpe:300",) * 2) | FEW
+    starts = [play_mkt(facts, MktConfig(method=m, seed=1, **same))["curve"][0]["loss_private"]
+              for m in ("standalone", "fedavg", "fedmkt")]
+    assert starts[0] == starts[1] == starts[2]
+
+
+def test_the_commits_of_a_resumed_run_are_named(tmp_path, monkeypatch):
+    settings, path = stopped_once(tmp_path, monkeypatch)
+    altered(path, commits=["0ld"])
+    record, = run_mkt("smoke", "standalone", "0", results_dir=str(tmp_path), **settings).records
+    assert record["earlier_commits"] == ["0ld"]
+
+
 def test_what_a_killed_process_leaves_beside_its_record_is_swept(tmp_path):
     from fedmpqkd.core.journal import WorkingFolder
     fields = dict(results_dir=str(tmp_path), **FEW)
@@ -407,3 +479,8 @@ def test_what_a_killed_process_leaves_beside_its_record_is_swept(tmp_path):
     left = WorkingFolder(tmp_path / "exp6" / "smoke" / "pieces" / "_work" / name)
     with left.claim(): (left.folder / "checkpoint.pt").write_bytes(b"weights")
     assert run_mkt("smoke", "standalone", "0", **fields).records == [record] and not left.folder.exists()
+
+
+def test_what_changes_nothing_is_said(tmp_path, capsys):
+    run_mkt("smoke", "zero-shot", "0", results_dir=str(tmp_path), weight=0.5)
+    assert "weight changes nothing in zero-shot" in capsys.readouterr().out
