@@ -124,7 +124,7 @@ class MktConfig:
             if f.name in idle_fields(self.method): object.__setattr__(self, f.name, f.default)
         if self.compat == 'official' and (self.check or self.metric != 'token'):
             raise ValueError("compat='official' has losses per token of prompt and answer together: they "
-                             "cannot be checked by an answer's logits (check=True), and no other metric is known")
+                             "cannot be checked by an answer's logits (check), and no other metric is known")
         if self.method == 'fedavg': object.__setattr__(self, 'average', True)
         if self.average and len(set(self.clients)) > 1:
             raise ValueError(f'method={self.method}, average=True: only equal clients can be averaged')

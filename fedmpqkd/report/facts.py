@@ -41,10 +41,10 @@ from fedmpqkd.report.evidence import (
     table,
     to_markdown,
 )
-from .fstq import fstq_pairs, fstq_table, image_pairs
+from .fstq import fstq_frame, fstq_pairs, fstq_table, image_pairs
 from .hypotheses import hypotheses, sent_by_clients, timed_rounds
 from .language import language_table, stored_language, taught
-from .mkt import mkt_pairs, mkt_table
+from .mkt import mixed_machines, mkt_pairs, mkt_table
 from .readings import growth, in_settings, planned, pre_declared
 from ..study.axes import axis_points
 from ..study.experiments import CITED, EXPERIMENTS, plan, tuned_values
@@ -617,6 +617,7 @@ def mkt_facts(
     table = pd.DataFrame({'Method': shown.method, 'n': shown.n} | spread | {
         f'kB {way}': shown[f'kB {way}'].map('{:,.0f}'.format) for way in ('up', 'down')})
     found['table'] = table_fact(aligned(to_markdown(table)), 'mean over seeds', study.files)
+    found['mixed'] = Fact(mixed_machines(records).strip(), 'the machines of both records', study.files())
     for row in mkt_pairs(records).to_dict('records'):
         files = study.files('fedmkt', row['b'])
         found[f"{row['b']}.{row['who']}"] = Fact(_brief(row, 'points', 2), 'paired by seed', files)
@@ -624,6 +625,15 @@ def mkt_facts(
 
 # %% ../../nbs/report/18a_facts.ipynb #414d231d
 # long: a table and its words
+def _beside(records: Sequence[Any], optimizer: str, study: Study) -> Fact:
+    "What the pair reaches at 2 % with the seeds that full precision has: Fisher, then magnitude."
+    own = fstq_frame(records).query('optimizer == @optimizer')
+    few = own[own.seed.isin(own[own.method == 'fedavg'].seed) & (own.budget == 0.02)]
+    both = [f'{few[few.method == m].nats.mean():.3f}' for m in ('fedavg-fstq', 'fedavg-magnitude')]
+    return Fact(' and '.join(both), 'mean over the seeds of full precision',
+                study.files('fedavg-fstq', 'fedavg-magnitude'))
+
+
 def fstq_facts(
     results: Path,  # results folder
 ) -> Facts:  # empty where nothing has been run
@@ -650,6 +660,7 @@ def fstq_facts(
         if method == 'fedavg':
             said = f'{row["nats per byte"]:.3f} (n = {row["n"]})'
             found[f'{optimizer}.fp32'] = Fact(said, 'mean over seeds', study.files('fedavg'))
+            found[f'{optimizer}.beside'] = _beside(records, optimizer, study)
     both = aligned(to_markdown(pd.DataFrame(rows)), 2)
     found['table'] = table_fact(both, 'nats a byte of the answers, mean over seeds',
                                 lambda _: study.files('fedavg-fstq', 'fedavg-magnitude'), 2)
