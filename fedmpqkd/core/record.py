@@ -83,7 +83,7 @@ bits_per_byte        | bit | cross-entropy of the test text over its bytes
 accuracy_token       | % | of options compared by likelihood per token
 accuracy_byte        | % | the same per byte
 accuracy_sum         | % | the same in sum
-diverged             | | true where a model's outputs were not finite
+diverged             | | true where a model's outputs were not finite; its metrics are those of guessing
 samples              | | test samples of this round's evaluation
 images               | | the same, in records of before the task interface
 bits                 | bit | of each quantised layer, mean over clients

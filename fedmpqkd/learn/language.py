@@ -426,8 +426,7 @@ class LanguageTask(Task):
     def score(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
         "Accuracy by the run's way of scoring, and by all; for plain text that of the next token."
         nll, tokens, hits, size = outputs.double().unbind(-1)  # [n, O] each
-        if not torch.isfinite(nll).all():
-            return dict(accuracy=100 / self.classes, per_class=[], diverged=True)
+        if not torch.isfinite(nll).all(): return self._guessed(tokens, size)
         if outputs.shape[1] == 1: return self._of_texts(nll, tokens, hits, size)
         right = targets[:, 0].to(nll.device)
         won = {s: option_scores(nll, tokens, size, s).argmax(1) == right for s in SCORES}
@@ -435,6 +434,16 @@ class LanguageTask(Task):
         mine = nll.gather(1, right[:, None]).sum() / tokens.gather(1, right[:, None]).sum()
         line['accuracy'] = line[f'accuracy_{self.data.score}']
         return line | dict(nll=float(mine), per_class=[], diverged=False)
+
+    def _guessed(self, tokens: Tensor, size: Tensor) -> dict[str, Any]:
+        "Of a model that has diverged: metrics of one that finds all tokens, and all options, equally likely."
+        words = len(self.data.coder.vocabulary)
+        if tokens.shape[1] == 1:
+            line = self._of_texts(math.log(words) * tokens, tokens, tokens / words, size)
+            return line | dict(diverged=True)
+        chance = 100 * float((1 / (tokens > 0).sum(1).clamp(min=1)).mean())
+        line = {key: chance for key in self.metrics if key.startswith('accuracy')}
+        return line | dict(nll=math.log(words), per_class=[], diverged=True)
 
     def _of_texts(self, nll: Tensor, tokens: Tensor, hits: Tensor, size: Tensor) -> dict[str, Any]:
         mean, bits = float(nll.sum() / tokens.sum()), float(nll.sum() / size.sum() / math.log(2))

@@ -364,6 +364,39 @@ def test_the_record_of_a_diverged_run_is_json(diverged):
     assert strict_json(diverged[1])['config']['lr'] == 1e6
 
 
+@pytest.mark.parametrize('kind', ['text', 'choice'])
+def test_a_diverged_language_run_has_a_record_with_every_metric(kind, tmp_path):
+    "Its metrics are those of a guesser; tables and curves read them."
+    pytest.importorskip('transformers'), pytest.importorskip('peft')
+    from fedmpqkd.learn.language import load_language
+    from fedmpqkd.report.fstq import fstq_curves, fstq_frame
+    from fedmpqkd.report.language import language_table, plot_language, taught
+    config = make_config('fedavg', dataset='almanac', model='gpt-tiny', tokenizer='byte-bpe:300', clients=2,
+                         rounds=2, batch_size=64, partition='natural', text_kind=kind, lr=1e20)
+    journal, data = Journal(tmp_path, 'g', 'n', 'id'), load_language(config)
+    record = run(config, data, journal, workers=1)
+    line, summary = record['curve'][-1], record['summary']
+    strict_json(journal.record_path.read_text())
+    words = len(data.coder.vocabulary)
+    assert line['diverged'] and line['nll'] == pytest.approx(np.log(words))
+    records = {'4': [record]}
+    table = language_table(records).iloc[0]
+    assert not len(taught(records)) and len(plot_language(records).lines) == 1
+    if kind == 'choice':
+        chance = np.mean([100 / len(item.options) for item in data.test_items])
+        assert all(line[f'accuracy{s}'] == pytest.approx(chance) for s in ('', '_token', '_byte', '_sum'))
+        assert table['accuracy %'] == pytest.approx(chance)
+        return
+    assert line['accuracy'] == pytest.approx(100 / words)
+    assert line['perplexity'] == summary['perplexity'] == pytest.approx(words)
+    tokens, size = sum((data.test >= 0).sum(1)), data.size.sum()
+    assert line['bits_per_byte'] == pytest.approx(float(tokens / size) * np.log2(words))
+    nats = line['bits_per_byte'] * np.log(2)
+    assert table['bits per byte'] * np.log(2) == pytest.approx(nats)
+    assert fstq_frame([record]).nats.tolist() == pytest.approx([nats])
+    assert fstq_curves([record]).nats.tolist() == pytest.approx([nats] * 2, abs=1e-4)
+
+
 def test_a_model_beyond_numbers_is_called_diverged(tmp_path):
     "Finite weights whose logits overflow: no loss is a number, no client replies, the line says so in JSON."
     config = make_config('fedavg', **FIELDS | dict(lr=0, rounds=1, clients=2))

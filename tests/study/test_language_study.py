@@ -8,7 +8,14 @@ pytest.importorskip("peft")
 
 from fedmpqkd.core.journal import project_root  # noqa: E402
 from fedmpqkd.data.images import DataMissing  # noqa: E402
-from fedmpqkd.report.language import language_table, pairs, stored_language, write_language  # noqa: E402
+from fedmpqkd.report.language import (  # noqa: E402
+    language_table,
+    pairs,
+    plot_language,
+    stored_language,
+    taught,
+    write_language,
+)
 from fedmpqkd.report.mkt import mkt_pairs, mkt_table, write_mkt  # noqa: E402
 from fedmpqkd.study import mkt as study  # noqa: E402
 from fedmpqkd.study.language import LANGUAGE, run_language  # noqa: E402
@@ -79,3 +86,32 @@ def test_bits_that_are_no_numbers_are_named_before_anything_is_run(bits, tmp_pat
     with pytest.raises(ValueError, match=f"^bits='{bits}': must be numbers, separated by commas$"):
         run_language("exp5", "smoke", bits, results_dir=str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_bits_among_the_fields_are_refused_before_anything_is_run(tmp_path):
+    with pytest.raises(ValueError, match="^fields: bits is a parameter of its own, say bits=3$"):
+        run_language("exp5", "smoke", fields="rounds=1,bits=3", results_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bits, points", [("4,4.0", ["4"]), ("", ["4", "2"]), (4, ["4"])])
+def test_a_number_of_bits_is_one_point_however_it_is_written(bits, points, tmp_path):
+    outcomes = run_language("exp5", "smoke", bits, "qat-uniform", results_dir=str(tmp_path), device="cpu",
+                            workers=1, fields="rounds=1", seeds="0")
+    assert {b: [r["config"]["bits"] for r in o.records] for b, o in outcomes.items()} == {
+        b: [[float(b)]] for b in points}
+    assert not len(taught({b: o.records for b, o in outcomes.items()}))
+
+
+def test_methods_in_full_precision_are_run_once_and_have_no_bits(tmp_path):
+    outcomes = run_language("exp5", "smoke", "4,2", "fedprox,fedpaq,qat-uniform", results_dir=str(tmp_path),
+                            device="cpu", workers=1, fields="rounds=1")
+    records = {b: o.records for b, o in outcomes.items()}
+    labels = [("fedprox", "32"), ("fedpaq", "32"), ("qat-uniform", "4"), ("qat-uniform", "2")]
+    table = language_table(records)
+    assert list(zip(table.method, table.bits, strict=True)) == labels
+    drawn = plot_language(records).get_legend_handles_labels()[1]
+    assert drawn == ["fedprox", "fedpaq", "qat-uniform, 4 bits", "qat-uniform, 2 bits"]
+    stored = stored_language("exp5", "smoke", tmp_path)
+    assert {b: {r["id"] for r in some} for b, some in stored.items()} == {
+        b: {r["id"] for r in some} for b, some in records.items()}
