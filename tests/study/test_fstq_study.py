@@ -9,7 +9,9 @@ pytest.importorskip("peft")
 from fedmpqkd.report.fstq import (  # noqa: E402
     budget_of,
     fstq_claims,
+    fstq_curves,
     fstq_pairs,
+    fstq_rounds,
     fstq_table,
     token_pairs,
     write_fstq,
@@ -32,7 +34,54 @@ def test_rows_of_a_budget_send_equal_bytes_and_keep_to_it(outcome):
         assert 0.97 * agreed < sent < agreed + 64, c["method"]  # 64: header and checksum of a message
     uniform = [r for r in outcome.records if r["config"]["method"] == "fedpaq-ef"]
     assert sorted(r["config"]["update_bits"] for r in uniform) == [3, 8]  # .1 and .3 of 32 bits, 8 at most
-    assert [budget_of(r) for r in uniform] == [0.1, 0.3]
+    assert [budget_of(r, outcome.records) for r in uniform] == [0.1, 0.3]
+
+
+@pytest.mark.parametrize("field, say", [
+    ("optimizer=sgd", "optimizers=sgd"), ("update_share=0.5", "budgets=0.5"),
+    ("update_bits=5", "budgets=SHARE"), ("token_select=random", "selections=random"),
+    ("token_mode=input_drop", "selections=sensitivity:input_drop")])
+def test_what_points_differ_in_is_no_field(field, say, tmp_path):
+    "All points would have it, and their runs would be pooled in one row."
+    name = field.partition("=")[0]
+    with pytest.raises(ValueError, match=f"^fields: {name} is what points differ in, say {say}"):
+        run_fstq("smoke", "0.1", "", "fedavg-fstq", 0, results_dir=str(tmp_path), fields=f"rounds=1,{field}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_selections_without_a_row_to_try_them_with_are_refused():
+    with pytest.raises(ValueError, match="^selections=sensitivity: tried with .*, name one in methods$"):
+        runs_of("smoke", methods="fedavg,fedavg-random", selections="sensitivity")
+    assert {c.token_select for c in runs_of("smoke", methods="fedavg")} == {"none"}  # those of the preset
+    chosen = runs_of("smoke", methods="fedavg-magnitude", selections="sensitivity", seeds=0)
+    assert [c.method for c in chosen if c.token_select != "none"] == ["fedavg-magnitude"]
+
+
+@pytest.mark.parametrize("budgets", ["0.25", "0.25,0.5", "0.5,0.25"])
+def test_uniform_bits_stand_at_a_budget_that_was_asked_for(budgets, tmp_path):
+    "Eight bits are a quarter of fp32, and the most at half of it; thirty percent is a preset's."
+    found = run_fstq("smoke", budgets, "adamw", "fedavg-fstq,fedpaq-ef", 0, results_dir=str(tmp_path),
+                     workers=1, fields="rounds=1").records
+    table = fstq_table(found)
+    assert table[table.method == "fedpaq-ef"]["budget %"].tolist() == [25]
+    assert fstq_pairs(found, "fedavg-fstq", "fedpaq-ef")["budget %"].tolist() == [25]
+    uniform = next(r for r in found if r["config"]["method"] == "fedpaq-ef")
+    assert 0.25 < budget_of(uniform) == budget_of(uniform, [uniform]) < 0.28  # alone: what it has sent
+
+
+def test_two_runs_of_one_place_are_refused_where_a_mean_would_take_them_for_seeds(outcome):
+    one = outcome.records[0]
+    other = one | dict(config=one["config"] | dict(lr=9.0))
+    for told in (fstq_table, fstq_pairs, fstq_curves, fstq_rounds, fstq_claims):
+        with pytest.raises(ValueError, match="^two runs of .*, seed 0, which differ in lr: compare "):
+            told([*outcome.records, other])
+
+
+def test_processors_of_one_name_are_told_apart(outcome):
+    where = [dict(device="AMD EPYC", capability=c, bf16=b) for c, b in (("AVX2", False), ("AVX512", True))]
+    some = [r | dict(environment=where[n % 2]) for n, r in enumerate(
+        r | dict(config=r["config"] | dict(seed=seed)) for r in outcome.records[:1] for seed in (0, 1))]
+    assert fstq_table(some)["computed on"].tolist() == ["AMD EPYC (AVX2) and AMD EPYC (AVX512, bf16)"]
 
 
 def test_choosing_labels_changes_what_is_learned_and_not_what_is_sent(outcome):
