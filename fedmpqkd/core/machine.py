@@ -52,9 +52,9 @@ def environment(
 def machine_name(
     place: Mapping[str, Any],  # an `environment`, or what a record has of one
 ) -> str:  # '' where nothing is known
-    "What computed, with what decides how it rounds: 'AMD EPYC, AVX2', or 'AMD EPYC, AVX512, bf16'."
-    parts = place.get('device', ''), place.get('capability', ''), 'bf16' if place.get('bf16') else ''
-    return ', '.join(part for part in parts if part)
+    "What computed, with what decides how it rounds: 'AMD EPYC (AVX2)', or 'AMD EPYC (AVX512, bf16)'."
+    can = ', '.join(part for part in (place.get('capability'), place.get('bf16') and 'bf16') if part)
+    return f'{place["device"]} ({can})' if can else str(place.get('device', ''))
 
 # %% ../../nbs/core/01c_machine.ipynb #8d239ee8
 def release_memory() -> None:
