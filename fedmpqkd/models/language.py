@@ -224,6 +224,7 @@ def can_branch(causal: Any) -> bool:
     return bool((found - wanted).abs().max() <= loose * wanted.abs().max())
 
 # %% ../../nbs/models/04a_language.ipynb #d2a6785a
+# long: functions that are read together
 def counted_states(
     causal: Any,  # of `transformers`
     x: Tensor,  # int64 [..., T], from `marked`

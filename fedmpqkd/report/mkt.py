@@ -64,6 +64,7 @@ def mkt_pairs(
     return pd.DataFrame(rows, columns=keep)
 
 # %% ../../nbs/report/17j_mkt.ipynb #8b68c179
+# long: functions that are read together
 IDLE = ('zero-shot', 'standalone', 'llm2slm')  # methods whose server does not train
 
 
