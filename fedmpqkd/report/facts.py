@@ -48,6 +48,7 @@ from .mkt import mixed_machines, mkt_pairs, mkt_table
 from .readings import growth, in_settings, planned, pre_declared
 from ..study.axes import axis_points
 from ..study.experiments import CITED, EXPERIMENTS, plan, tuned_values
+from ..study.fstq import PAIR
 from ..study.mkt import CITED_MKT, stored_mkt
 from ..study.records import config_of, load_records, load_stopped
 
@@ -625,13 +626,14 @@ def mkt_facts(
 
 # %% ../../nbs/report/18a_facts.ipynb #414d231d
 # long: a table and its words
-def _beside(records: Sequence[Any], optimizer: str, study: Study) -> Fact:
+def _beside(records: Sequence[Any], optimizer: str, study: Study) -> Fact | None:
     "What the pair reaches at 2 % with the seeds that full precision has: Fisher, then magnitude."
     own = fstq_frame(records).query('optimizer == @optimizer')
     few = own[own.seed.isin(own[own.method == 'fedavg'].seed) & (own.budget == 0.02)]
-    both = [f'{few[few.method == m].nats.mean():.3f}' for m in ('fedavg-fstq', 'fedavg-magnitude')]
+    if not set(PAIR) <= set(few.method): return None
+    both = [f'{few[few.method == m].nats.mean():.3f}' for m in PAIR]
     return Fact(' and '.join(both), 'mean over the seeds of full precision',
-                study.files('fedavg-fstq', 'fedavg-magnitude'))
+                study.files(*PAIR))
 
 
 def fstq_facts(
@@ -660,7 +662,7 @@ def fstq_facts(
         if method == 'fedavg':
             said = f'{row["nats per byte"]:.3f} (n = {row["n"]})'
             found[f'{optimizer}.fp32'] = Fact(said, 'mean over seeds', study.files('fedavg'))
-            found[f'{optimizer}.beside'] = _beside(records, optimizer, study)
+            if beside := _beside(records, optimizer, study): found[f'{optimizer}.beside'] = beside
     both = aligned(to_markdown(pd.DataFrame(rows)), 2)
     found['table'] = table_fact(both, 'nats a byte of the answers, mean over seeds',
                                 lambda _: study.files('fedavg-fstq', 'fedavg-magnitude'), 2)
