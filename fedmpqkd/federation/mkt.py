@@ -6,14 +6,15 @@
 __all__ = ['MKT_METHODS', 'LIES', 'idle_fields', 'MktConfig', 'Party', 'parsed', 'build_party_model', 'dealt', 'parties',
            'counted_rows', 'following', 'whole_losses', 'party_message', 'Line', 'connect', 'moved', 'batches',
            'descended', 'mean_of', 'own_draws', 'trained_privately', 'healed', 'public_loss', 'learned_from',
-           'believed', 'Lesson', 'lesson', 'for_half', 'speaks', 'sent', 'has_diverged', 'test_accuracy', 'averaged',
-           'exchange', 'one_round', 'centralised', 'restored', 'play_mkt']
+           'believed', 'Lesson', 'lesson', 'for_half', 'sent', 'told_accuracy', 'test_accuracy', 'averaged', 'exchange',
+           'one_round', 'centralised', 'restored', 'play_mkt']
 
 # %% ../../nbs/federation/12h_mkt.ipynb #24fef432
 import copy
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -136,8 +137,8 @@ class MktConfig:
 
     @property
     def revision(self) -> int:
-        "Of what is computed; 2: equal clients begin with equal weights, whatever the method."
-        return 2 if len(self.clients) > len(set(self.clients)) else 1
+        "Of what is computed; 2: equal clients begin alike, and averaging changes nobody's start."
+        return 2 if self.average or len(self.clients) > len(set(self.clients)) else 1
 
     @property
     def identity(self) -> str:
@@ -505,25 +506,26 @@ class Lesson:
 def lesson(
     receiver: Party,
     own: LogitMessage,
-    messages: Sequence[LogitMessage],
+    messages: Sequence[LogitMessage | None],  # None: has said nothing
     senders: Sequence[Party],
     lines: Sequence[Line],
     c: MktConfig,
 ) -> Lesson:
     "DualMinCE: for each text the sender with the smallest loss, if that is smaller than the receiver's."
     # long: two variants in one place
-    if not messages:
+    heard = [(m, p, line) for m, p, line in zip(messages, senders, lines, strict=True) if m is not None]
+    if not heard:
         n = len(receiver.public)
         return Lesson(None, np.zeros(n, dtype=bool), np.full(n, -1), dict.fromkeys(METRICS, 0.0))
     losses = np.stack([believed(m, p) if c.check else m.losses.double().numpy()
-                       for m, p in zip(messages, senders, strict=True)])  # [K, N]
-    tokens = np.stack([p.positions.numpy() for p in senders])
+                       for m, p, _ in heard])  # [K, N]
+    tokens = np.stack([p.positions.numpy() for _, p, _ in heard])
     size, mine = receiver.public.target_bytes.numpy(), receiver.positions.numpy()
     finite = np.where(np.isfinite(losses), losses, 1e9)
     local = own.losses.double().numpy()
     found, changes = choice_changes(finite * tokens, tokens, local * mine, mine, size)
     best, chosen = found[c.metric].best, found[c.metric].kept
-    moves = [moved(m, line) for m, line in zip(messages, lines, strict=True)]
+    moves = [moved(m, line) for m, _, line in heard]
     if c.compat == 'official':
         moves.append(TopK(own.values, own.index, own.rest))
         best, chosen = np.vstack([losses, local]).argmin(0), np.ones(len(local), dtype=bool)
@@ -532,7 +534,7 @@ def lesson(
             for parts in ([m.values for m in moves], [m.index for m in moves])]
     rests = [m.rest for m in moves if m.rest is not None]
     rest = torch.stack(rests).gather(0, who[..., 0])[0] if len(rests) == len(moves) else None
-    numbers = np.array([*(p.number for p in senders), receiver.number])
+    numbers = np.array([*(p.number for _, p, _ in heard), receiver.number])
     return Lesson(TopK(pick[0], pick[1], rest), chosen, np.where(chosen, numbers[best], -1), changes)
 
 # %% ../../nbs/federation/12h_mkt.ipynb #7d9182e1
@@ -544,18 +546,14 @@ def for_half(message: LogitMessage) -> LogitMessage:
     return dataclasses.replace(message, values=(message.values - top).clamp(min=low), rest=rest)
 
 
-def speaks(message: LogitMessage) -> bool:
-    "Is everything in it a number? Nobody sends anything else: a model that has diverged is silent."
-    parts = message.losses, message.values, message.rest
-    return all(bool(torch.isfinite(t).all()) for t in parts if t is not None)
-
-
 def sent(
     message: LogitMessage,
     party: Party,
     c: MktConfig,
-) -> tuple[LogitMessage, int]:  # as it arrives; bytes
-    "To the other side."
+) -> tuple[LogitMessage | None, int]:  # as it arrives; bytes
+    "To the other side, if everything in it is a number: a model that has diverged is silent."
+    parts = message.losses, message.values, message.rest
+    if not all(torch.isfinite(t).all() for t in parts if t is not None): return None, 0
     if c.value_bits == 16: message = for_half(message)
     data = encode_logits(message, c.value_bits, c.index_bits)
     known = party.number, message.round, party.vocabulary, c.top_k, party.positions
@@ -569,16 +567,24 @@ _untrained: dict[tuple[Any, ...], float] = {}  # percent, by what it depends on
 
 @torch.no_grad()
 def _right(party: Party, items: Sequence[Item], c: MktConfig) -> float:
+    "Percent, by a pass over all options; NaN where one of them has no likelihood."
     found = row_scores(party.model.eval(), party.test.to(party.device)).cpu()
-    if not torch.isfinite(found).all(): return 100 * float(np.mean([1 / len(i.options) for i in items]))
+    if not torch.isfinite(found).all(): return math.nan
     scores = option_scores(found[..., 0], found[..., 1], party.size, c.option_score)
     right = torch.tensor([i.label for i in items])
     return 100 * float((scores.argmax(1) == right).double().mean())
 
 
-def has_diverged(party: Party) -> bool:
-    "Is a weight of its no number any more? Its accuracy counts as chance."
-    return not all(bool(torch.isfinite(p).all()) for p in party.model.parameters())
+def told_accuracy(
+    everybody: Sequence[Party],
+    items: Sequence[Item],
+) -> dict[str, Any]:  # for the curve
+    "What was measured; a model that has diverged is named, and counts as one that guesses."
+    found = [math.nan if p.accuracy is None else p.accuracy for p in everybody]
+    lost = [p.number for p, a in zip(everybody, found, strict=True) if math.isnan(a)]
+    chance = 100 * float(np.mean([1 / len(i.options) for i in items]))
+    line: dict[str, Any] = dict(accuracy=[chance if math.isnan(a) else a for a in found])
+    return line | (dict(diverged=lost) if lost else {})
 
 
 def _start(party: Party, items: Sequence[Item], c: MktConfig) -> tuple[Any, ...] | None:
@@ -594,7 +600,7 @@ def test_accuracy(
     party: Party,
     items: Sequence[Item],
     c: MktConfig,
-) -> float:  # percent
+) -> float:  # percent; NaN of a model that has diverged
     "How many options it gets right; remembered until it is trained again, and before that for all runs."
     if party.accuracy is None:
         start = _start(party, items, c)
@@ -629,29 +635,23 @@ def exchange(
     server, *clients = everybody
     line: dict[str, Any] = dict(bytes_up=0, bytes_down=0)
     if c.method == 'fedmkt':
-        arrived, senders = [], []
+        arrived = []
         for p in clients:
             message = party_message(p, c, round)
             if c.lie == 'low-loss' and p is clients[-1]:
                 message = dataclasses.replace(message, losses=torch.full_like(message.losses, 1e-3))
-            if not speaks(message): continue
             there, size = sent(message, p, c)
             arrived.append(there)
-            senders.append(p)
             line['bytes_up'] += size
-        got = lesson(server, party_message(server, c, round), arrived, senders,
-                     [lines[p.number, 0] for p in senders], c)
+        got = lesson(server, party_message(server, c, round), arrived, clients,
+                     [lines[p.number, 0] for p in clients], c)
         line |= dict(chosen_up=np.bincount(got.teacher + 1, minlength=len(everybody) + 1).tolist(),
                      changes=got.changes)
         line['loss_server'] = learned_from(server, c, got.target, got.chosen, round)
-    said, told = party_message(server, c, round), []
-    if speaks(said):
-        there, size = sent(said, server, c)
-        told, line['bytes_down'] = [there], size * len(clients)
-    line |= dict(chosen_down=[], changes_down=[])
+    told, size = sent(party_message(server, c, round), server, c)
+    line |= dict(bytes_down=size * len(clients), chosen_down=[], changes_down=[])
     for p in clients:
-        heard = told, [server][:len(told)], [lines[0, p.number]][:len(told)]
-        got = lesson(p, party_message(p, c, round), *heard, c)
+        got = lesson(p, party_message(p, c, round), [told], [server], [lines[0, p.number]], c)
         line['chosen_down'].append(int(got.chosen.sum()))
         line['changes_down'].append(got.changes)
         learned_from(p, c, got.target, got.chosen, round)
@@ -741,8 +741,7 @@ def play_mkt(
         for p in everybody:
             test_accuracy(p, items, c)
             kept()
-        curve[-1]['accuracy'] = [p.accuracy for p in everybody]
-        if lost := [p.number for p in everybody if has_diverged(p)]: curve[-1]['diverged'] = lost
+        curve[-1] |= told_accuracy(everybody, items)
     last, config = curve[-1]['accuracy'], dataclasses.asdict(c)
     traffic = {f'bytes_{way}': sum(line.get(f'bytes_{way}', 0) for line in curve) for way in ('up', 'down')}
     summary = traffic | dict(server=last[0], clients=last[1:], mean_client=float(np.mean(last[1:])),

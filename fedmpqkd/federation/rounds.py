@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.config import CLIENT_TERMS, RunConfig, run_id
 from ..core.journal import Damaged, sealed, unseal, write_atomic
-from ..core.machine import environment
+from ..core.machine import environment, machine_name
 from ..core.record import RoundLine
 from ..core.streams import rng
 from ..data.labelnoise import noisy_clients, noisy_labels
@@ -182,7 +182,7 @@ def open_run(
     control = {CONTROL + n: t for n, t in server.control.items()}
     term_of(pool.replica, config, {}, control)  # can it work with this network?
     memories = Memories(folder, run_id(config, task.fingerprint))
-    here = environment(device)['device']
+    here = machine_name(environment(device))
     run = Run(config, pool, server, parts, memories, validation, start.cost, machines=[here])
     run.meter.add_manifest(server.manifest.encode())
     return run

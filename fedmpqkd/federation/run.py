@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..core.config import RunConfig, algorithm_version, plain, run_id
 from ..core.journal import Damaged, Journal
-from ..core.machine import commit, environment
+from ..core.machine import commit, environment, machine_name
 from ..core.record import DataFacts, Record, RoundLine, Summary
 from ..data.images import stratified_indices
 from ..data.text import IGNORED
@@ -302,7 +302,7 @@ def make_record(
                        test=len(task.test_targets), classes=task.classes),
         summary=summarize(federation, curve), curve=curve, commit=commit(),
         environment=environment(federation.pool.device) | dict(workers=federation.pool.size))
-    earlier = set(federation.machines) - {record['environment']['device']}
+    earlier = set(federation.machines) - {machine_name(record['environment'])}
     if earlier: record['environment']['earlier'] = sorted(earlier)
     if size := size_of(task): record['data']['image'] = size
     if c.stress != 'none':

@@ -618,7 +618,7 @@ def mkt_facts(
     table = pd.DataFrame({'Method': shown.method, 'n': shown.n} | spread | {
         f'kB {way}': shown[f'kB {way}'].map('{:,.0f}'.format) for way in ('up', 'down')})
     found['table'] = table_fact(aligned(to_markdown(table)), 'mean over seeds', study.files)
-    found['mixed'] = Fact(mixed_machines(records).strip(), 'the machines of both records', study.files())
+    found['mixed'] = Fact(mixed_machines(records), 'the machines of both records', study.files())
     for row in mkt_pairs(records).to_dict('records'):
         files = study.files('fedmkt', row['b'])
         found[f"{row['b']}.{row['who']}"] = Fact(_brief(row, 'points', 2), 'paired by seed', files)

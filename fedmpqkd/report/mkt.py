@@ -72,7 +72,7 @@ def idle_server(records: Sequence[Mapping[str, Any]]) -> str:
     "What the accuracy of a server that does not train ranges over, in words."
     found = [r['summary']['server'] for r in records if r['config']['method'] in IDLE]
     if not found or max(found) == min(found): return ''
-    return (f' The server that does not train, which no seed changes, has {min(found):.2f} to '
+    return (f'The server that does not train, which no seed changes, has {min(found):.2f} to '
             f'{max(found):.2f} % in these records: that is what versions of the code and processors add.')
 
 
@@ -84,7 +84,7 @@ def mixed_machines(records: Sequence[Mapping[str, Any]]) -> str:
     for b in AGAINST:
         pairs = [place[m, s] != place[b, s] for m, s in place if m == 'fedmkt' and (b, s) in place]
         if any(pairs): said.append(f'{sum(pairs)} of {len(pairs)} with `{b}`')
-    return f' Pairs of two kinds of processors, which round otherwise: {", ".join(said)}.' if said else ''
+    return f'Pairs of two kinds of processors, which round otherwise: {", ".join(said)}.' if said else ''
 
 
 def mkt_reading(records: Sequence[Mapping[str, Any]]) -> str:
@@ -94,7 +94,7 @@ def mkt_reading(records: Sequence[Mapping[str, Any]]) -> str:
         sizes = [f'{_called(r)} {r.difference:+.2f} points ({_interval(r)}n = {r.n}; {r.verdict})'
                  for r in rows.itertuples()]
         said.append(f'FedMKT minus {AGAINST[b]}: {", ".join(sizes)}.')
-    return ' '.join(said) + mixed_machines(records) + idle_server(records)
+    return ' '.join(filter(None, [*said, mixed_machines(records), idle_server(records)]))
 
 
 def _called(row: Any) -> str:

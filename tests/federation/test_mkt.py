@@ -462,6 +462,8 @@ def test_equal_clients_begin_alike_in_every_method(facts):
     starts = [play_mkt(facts, MktConfig(method=m, seed=1, **same))["curve"][0]["loss_private"]
               for m in ("standalone", "fedavg", "fedmkt")]
     assert starts[0] == starts[1] == starts[2]
+    alone = dict(clients="gpt-tiny/byte-bpe:300")
+    assert [MktConfig(**alone).revision, MktConfig(method="fedavg", **alone).revision] == [1, 2]
 
 
 def test_the_commits_of_a_resumed_run_are_named(tmp_path, monkeypatch):
