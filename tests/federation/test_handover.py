@@ -27,6 +27,7 @@ def test_the_record_names_who_computed_earlier_rounds(tmp_path, monkeypatch):
     handed = run(c, data, journal, workers=1)
     whole = run(c, data, workers=1)
     assert handed['environment']['device'] == 'the second'
-    assert handed['environment']['earlier'] == [machine.machine_name(machine.environment() | dict(device='the first'))]
+    first = machine.machine_name(machine.environment() | dict(device='the first'))
+    assert handed['environment']['earlier'] == [first]
     assert 'earlier' not in whole['environment']
     assert [x['loss'] for x in handed['curve']] == [x['loss'] for x in whole['curve']]
