@@ -94,8 +94,9 @@ NOTEBOOKS: dict[str, dict[str, str]] = dict(  # options of their own: the parame
     exp6=_NOTEBOOK | dict(preset='smoke, study-a, study-b or paper', methods='public-ce,fedmkt, ...',
                           fields='any fields of FedMKT in one word: lr=0.001,weight=0.5'),
     exp7=_NOTEBOOK | dict(
-        preset='smoke, study or paper', methods=EXPERIMENT['methods'], budgets='shares of fp32, with commas',
-        optimizers='adamw, sgd; both where nothing is said',
+        preset='smoke, study, study-labels or paper', methods=EXPERIMENT['methods'],
+        budgets='shares of fp32, with commas',
+        optimizers='adamw, sgd; those of the preset where nothing is said',
         selections='of tokens: sensitivity, random:input_drop, ...'))
 
 # %% ../nbs/tools/81_command.ipynb #453db4a7

@@ -75,11 +75,11 @@ per_class            | % | accuracy of the deployed model by class, last round
 per_class_deployed   | % | the same of each budget
 nll                  | nat | negative log-likelihood of the deployed model
 ece                  | share | expected calibration error, 15 bins
-perplexity           | | of the test text's tokens, exp(nll)
+perplexity           | | of the tokens of the test texts, or of right options, exp(nll)
 augment              | | the augmentation of this round, where the federation chooses one
 augment_scores       | | augmentation -> the score by which it is chosen
 augment_clients      | | clients whose sums the scores are made of
-bits_per_byte        | bit | cross-entropy of the test text over its bytes
+bits_per_byte        | bit | cross-entropy of the test texts, or of right options, over their bytes
 accuracy_token       | % | of options compared by likelihood per token
 accuracy_byte        | % | the same per byte
 accuracy_sum         | % | the same in sum

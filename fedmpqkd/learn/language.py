@@ -372,11 +372,9 @@ class LanguageTask(Task):
         self.test_targets = torch.cat([data.right[:, None], data.size], 1)  # [n, 1 + O]
         self.labels = self.true_labels = data.labels.to(device)
         self.test_labels = data.right if data.kind == 'class' else torch.zeros_like(data.right)
-        if data.kind in ('choice', 'class'):
-            self.metrics = ('accuracy', 'nll', *(f'accuracy_{s}' for s in SCORES))
-        else:
-            self.metrics = ('accuracy', 'nll', 'perplexity', 'bits_per_byte')
-            self.headlines = ('perplexity', 'bits_per_byte')
+        self.metrics = ('accuracy', 'nll', 'perplexity', 'bits_per_byte')
+        if data.kind in ('choice', 'class'): self.metrics += tuple(f'accuracy_{s}' for s in SCORES)
+        else: self.headlines = ('perplexity', 'bits_per_byte')
 
     def network(self, config: RunConfig) -> nn.Module:
         "A small GPT, or a pretrained model with adapters."
@@ -424,26 +422,24 @@ class LanguageTask(Task):
         return torch.cat([found, size.to(found)[..., None]], -1)
 
     def score(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
-        "Accuracy by the run's way of scoring, and by all; for plain text that of the next token."
+        "Of options: accuracy by the run's way of scoring, and by all. Of plain text: that of the next token."
         nll, tokens, hits, size = outputs.double().unbind(-1)  # [n, O] each
         if not torch.isfinite(nll).all(): return self._guessed(tokens, size)
         if outputs.shape[1] == 1: return self._of_texts(nll, tokens, hits, size)
         right = targets[:, 0].to(nll.device)
         won = {s: option_scores(nll, tokens, size, s).argmax(1) == right for s in SCORES}
         line = {f'accuracy_{s}': 100 * float(w.double().mean()) for s, w in won.items()}
-        mine = nll.gather(1, right[:, None]).sum() / tokens.gather(1, right[:, None]).sum()
+        own = self._of_texts(*(t.gather(1, right[:, None]) for t in (nll, tokens, hits, size)))
         line['accuracy'] = line[f'accuracy_{self.data.score}']
-        return line | dict(nll=float(mine), per_class=[], diverged=False)
+        return own | line
 
     def _guessed(self, tokens: Tensor, size: Tensor) -> dict[str, Any]:
         "Of a model that has diverged: metrics of one that finds all tokens, and all options, equally likely."
         words = len(self.data.coder.vocabulary)
-        if tokens.shape[1] == 1:
-            line = self._of_texts(math.log(words) * tokens, tokens, tokens / words, size)
-            return line | dict(diverged=True)
+        line = self._of_texts(math.log(words) * tokens, tokens, tokens / words, size) | dict(diverged=True)
+        if tokens.shape[1] == 1: return line
         chance = 100 * float((1 / (tokens > 0).sum(1).clamp(min=1)).mean())
-        line = {key: chance for key in self.metrics if key.startswith('accuracy')}
-        return line | dict(nll=math.log(words), per_class=[], diverged=True)
+        return line | {key: chance for key in self.metrics if key.startswith('accuracy')}
 
     def _of_texts(self, nll: Tensor, tokens: Tensor, hits: Tensor, size: Tensor) -> dict[str, Any]:
         mean, bits = float(nll.sum() / tokens.sum()), float(nll.sum() / size.sum() / math.log(2))

@@ -80,7 +80,7 @@ def pairs(
 # %% ../../nbs/report/17i_language.ipynb #35fdb871
 def metric_of(records: Sequence[Record]) -> str:
     "What counts: bits per byte for texts, accuracy for questions."
-    return 'bits_per_byte' if 'bits_per_byte' in records[0]['curve'][-1] else 'accuracy'
+    return 'accuracy' if 'accuracy_byte' in records[0]['curve'][-1] else 'bits_per_byte'
 
 # %% ../../nbs/report/17i_language.ipynb #b1c25312
 TAUGHT = (('fedmpq-kd', 'fedmpq'), ('fedmpq-kd-delivered', 'fedmpq'), ('qat-uniform-kd', 'qat-uniform'),

@@ -147,6 +147,11 @@ EXP7 = Experiment(
     dict(smoke=dict(dataset='almanac', text_kind='answer', model='gpt-tiny', tokenizer='byte-bpe:300',
                     clients=4, lr=0.01, precision='fp32', update_share=0.1, methods=_CODED, seeds='0,1'),
          study=dict(train_images=120, test_images=100, precision='bf16', methods=_CODED, seeds='0,1,2'),
+         **{'study-labels': dict(
+             dataset='rotten_tomatoes', text_groups='', partition='dirichlet', train_images=128,
+             test_images=100, batch_size=8, precision='fp32', seeds='0,1,2',
+             methods='fedavg,fedavg-fstq,fedavg-magnitude,fedavg-random,fedavg-topk,fedavg-oracle,'
+                     'fedavg-adam-v,fedavg-powersgd')},
          paper=dict(model='meta-llama/Meta-Llama-3-8B', context=1024, lora_rank=16, lora_alpha=32.0,
                     clients=100, partition='dirichlet', dirichlet=0.1, participation=0.1, batch_size=8,
                     lr=0.0002, rounds=50, methods=_CODED, seeds='0,1,2,3,4')))

@@ -4,14 +4,18 @@ import math
 import matplotlib.pyplot as plt
 import pytest
 
-from fedmpqkd.report.fstq import fstq_curves, plot_fstq
+from fedmpqkd.report.fstq import fstq_curves, fstq_pairs, fstq_table, fstq_traffic, plot_fstq
 
 
-def run(method: str, seed: int, bits: list[float], optimizer: str = "adamw", share: float = 0.02) -> dict:
+def run(method: str, seed: int, bits: list[float], optimizer: str = "adamw", share: float = 0.02,
+        split: str = "natural", **changed) -> dict:
     uplink = "model" if method == "fedavg" else "mixed"
-    config = dict(method=method, seed=seed, optimizer=optimizer, uplink=uplink, update_share=share)
+    config = dict(method=method, seed=seed, optimizer=optimizer, uplink=uplink, update_share=share,
+                  partition=split, dirichlet=0.1, model="smollm2-135m", tokenizer="own",
+                  lora_rank=8) | changed
     curve = [dict(round=n, bits_per_byte=b, bytes_up=250_000) for n, b in enumerate(bits, 1)]
-    return dict(config=config, curve=curve)
+    for line in curve: line.update(bytes_down=10 ** 6, arrived=5, sampled=5)
+    return dict(config=config, curve=curve, environment=dict(device="a CPU"))
 
 
 def test_bytes_add_up_within_a_run_and_seeds_are_averaged():
@@ -34,3 +38,35 @@ def test_each_optimiser_has_a_panel_with_a_line_a_budget():
     assert [(ax.get_title(), len(ax.lines)) for ax in figure.axes] == [("adamw", 3), ("sgd", 2)]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["fp32", "Fisher", "magnitude"]
     plt.close(figure)
+
+
+def test_runs_of_one_row_on_other_splits_are_other_lines():
+    "Fisher minus magnitude: one bit a byte on the natural split, two on the skewed one."
+    splits = {"natural": 1, "dirichlet": 2}
+    records = [run(method, seed, [9, 4 + gain * (method == "fedavg-magnitude")], split=split)
+               for split, gain in splits.items() for method in ("fedavg-fstq", "fedavg-magnitude")
+               for seed in range(2)]
+    pairs = fstq_pairs(records).set_index("split").difference
+    assert pairs.to_dict() == pytest.approx({"natural": -math.log(2), "Dirichlet(0.1)": -2 * math.log(2)})
+    assert fstq_table(records).n.tolist() == [2] * 4
+    assert "split" not in fstq_table(records[:4]) and "split" not in fstq_pairs(records[:4])
+    figure = plot_fstq(records)
+    assert {ax.get_title() for ax in figure.axes} == {"natural", "Dirichlet(0.1)"}
+    plt.close(figure)
+
+
+def test_a_row_is_measured_by_full_precision_on_its_own_split():
+    "Magnitude reaches 4 bits in its last round; full precision does so on one of two splits only."
+    records = [run("fedavg", 0, [9, 4]), run("fedavg", 0, [9, 2], split="iid"),
+               *(run("fedavg-magnitude", 0, [9, 4], split=split) for split in ("natural", "iid"))]
+    found = fstq_traffic(records).query("method == 'fedavg-magnitude'").set_index("split").times_less
+    assert found["natural"] == 1 and math.isnan(found["iid"])
+
+
+def test_what_else_is_changed_about_a_recipe_has_a_row_of_its_own():
+    records = [run("fedavg-fstq", 0, [9, 4]), run("fedavg-fstq", 0, [9, 3], lora_train="B"),
+               run("fedavg", 0, [9, 2], aggregate="lora-product"),
+               run("fedavg-fstq", 0, [9, 5], token_select="random", token_mode="input_drop")]
+    assert fstq_table(records).method.tolist() == [
+        "fedavg-fstq", "fedavg-fstq (B alone)", "fedavg-fstq (random, input_drop)",
+        "fedavg (mean of products)"]

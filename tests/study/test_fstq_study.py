@@ -49,6 +49,15 @@ def test_what_points_differ_in_is_no_field(field, say, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("field", [
+    "dirichlet=0.3", "partition=iid", "lora_train=B", "aggregate=lora-product"])
+def test_what_is_changed_in_one_preset_is_no_field_there(field, tmp_path):
+    name = field.partition("=")[0]
+    with pytest.raises(ValueError, match=f"^fields: {name} is what points of study-labels differ in$"):
+        run_fstq("study-labels", seeds=0, results_dir=str(tmp_path), fields=field)
+    assert not list(tmp_path.iterdir())
+
+
 def test_selections_without_a_row_to_try_them_with_are_refused():
     with pytest.raises(ValueError, match="^selections=sensitivity: tried with .*, name one in methods$"):
         runs_of("smoke", methods="fedavg,fedavg-random", selections="sensitivity")
