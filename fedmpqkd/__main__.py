@@ -91,7 +91,8 @@ NOTEBOOKS: dict[str, dict[str, str]] = dict(  # options of their own: the parame
     exp5=_NOTEBOOK | dict(
         methods=EXPERIMENT['methods'], bits='average bits a weight, separated by commas',
         name='exp5 (from scratch) or exp5-arc (adapters on a pretrained model)'),
-    exp6=_NOTEBOOK | dict(preset='smoke, study-a, study-b or paper', methods='public-ce,fedmkt, ...',
+    exp6=_NOTEBOOK | dict(preset='smoke, study-a, study-b, study-three, ..., or paper',
+                          methods='public-ce,fedmkt, ...',
                           fields='any fields of FedMKT in one word: lr=0.001,weight=0.5'),
     exp7=_NOTEBOOK | dict(
         preset='smoke, study, study-labels or paper', methods=EXPERIMENT['methods'],
