@@ -41,7 +41,7 @@ from fedmpqkd.report.evidence import (
     table,
     to_markdown,
 )
-from .fstq import fstq_frame, fstq_pairs, fstq_table, image_pairs
+from .fstq import CONTROLS, control_pairs, fstq_frame, fstq_pairs, fstq_table, image_pairs
 from .hypotheses import hypotheses, sent_by_clients, timed_rounds
 from .language import language_table, stored_language, taught
 from .mkt import mixed_machines, mkt_pairs, mkt_table
@@ -636,6 +636,20 @@ def _beside(records: Sequence[Any], optimizer: str, study: Study) -> Fact | None
                 study.files(*PAIR))
 
 
+def _control_facts(records: Sequence[Any], study: Study) -> Facts:
+    "The pair's first row against its controls, what they send, and who computed them."
+    frame, found = fstq_frame(records), dict[str, Fact]()
+    for key, some in dict(pair=PAIR, controls=CONTROLS).items():
+        machines = sorted(set(frame[frame.method.isin(some)].device))
+        found[f'{key}.machines'] = Fact(' and '.join(machines), _SAME, study.files(*some))
+    for row in control_pairs(records).to_dict('records'):
+        b, place = row['b'], f'{row["optimiser"]}.{row["budget %"]:g}.{row["b"].removeprefix("fedavg-")}'
+        found[place] = Fact(_brief(row, 'nats a byte', 3), 'paired by seed', study.files(row['a'], b))
+        sent = 100 * frame[frame.method == b].share.mean()
+        found[f'{place}.sent'] = Fact(f'{sent:.1f}', _SAME, study.files(b))
+    return found
+
+
 def fstq_facts(
     results: Path,  # results folder
 ) -> Facts:  # empty where nothing has been run
@@ -658,6 +672,7 @@ def fstq_facts(
                      'Holm': f'{row["p"]:.2g}', 'Verdict': row['verdict'].split(' (')[0]})
         brief = _brief(row, 'nats a byte', 3)
         found[f'{at[0]}.{at[1]:g}.brief'] = Fact(brief, 'paired by seed', study.files(row['a'], row['b']))
+    found |= _control_facts(records, study)
     for (optimizer, _, method), row in means.items():
         if method == 'fedavg':
             said = f'{row["nats per byte"]:.3f} (n = {row["n"]})'

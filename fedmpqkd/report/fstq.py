@@ -132,14 +132,15 @@ def fstq_pairs(
     return _paired(records, [(a, b)])
 
 # %% ../../nbs/report/17h_fstq.ipynb #17543905
-CONTROLS = ('fedavg-random', 'fedavg-topk', 'fedavg-oracle', 'fedavg-adam-v', 'fedavg-fstq (B alone)')
+CONTROLS = ('fedavg-random', 'fedavg-topk', 'fedpaq-ef', 'fedavg-oracle', 'fedavg-adam-v',
+            'fedavg-fstq (B alone)')
 
 
 def control_pairs(
     records: Sequence[Record],
     method: str = 'fedavg-fstq',
 ) -> pd.DataFrame:  # one row a place and control
-    "A row against all others that choose what to send at the same bytes."
+    "A row against all others that were given the same bytes."
     return _paired(records, [(method, other) for other in CONTROLS])
 
 # %% ../../nbs/report/17h_fstq.ipynb #1d715a4e

@@ -47,9 +47,9 @@ def qsgd_bits(
 RATES = {'adamw': 1.0, 'sgd': 50.0}  # times the experiment's own rate
 PAIR = ('fedavg-fstq', 'fedavg-magnitude')
 _BOTH, _WIDE = ','.join(RATES), '0.02,0.01,0.05,0.2'
-SWEEPS = {  # selections are of tokens, besides all; behind a colon what for, see `token_mode`
+SWEEPS = {  # selections: of tokens, besides all, behind a colon what for; more: seeds of the pair
     'smoke': dict(budgets='0.1,0.3', optimizers=_BOTH, selections='sensitivity,random'),
-    'study': dict(budgets=_WIDE, optimizers=_BOTH, selections=''),
+    'study': dict(budgets=_WIDE, optimizers=_BOTH, selections='', more='3,4'),
     'study-labels': dict(budgets='0.02', optimizers='adamw',
                          selections='sensitivity:input_drop,random:input_drop'),
     'paper': dict(budgets=_WIDE, optimizers=_BOTH, selections='sensitivity,random,sensitivity:input_drop,'
@@ -61,12 +61,14 @@ VARIED = {'study-labels': (  # what is changed at the main budget, and for which
     (dict(lora_train='B'), ('fedavg', 'fedavg-fstq')), (dict(aggregate='lora-product'), ('fedavg',)))}
 
 # %% ../../nbs/study/16j_fstq.ipynb #99c86db2
+# long: the points, in their order
 def points(
     budgets: Sequence[float],  # shares of fp32, the main one first
     optimizers: Sequence[str],  # the main one first
     methods: Sequence[str],  # recipes
     selections: Sequence[str] = (),  # of tokens, see `SWEEPS`
     varied: Sequence[tuple[dict[str, Any], Sequence[str]]] = (),  # of `VARIED`
+    more: str = '',  # further seeds of the pair at the main budget
 ) -> Iterator[dict[str, Any]]:  # budget, optimiser, rows, and what else is changed
     "What is run, most telling first."
     main, usual = budgets[0], optimizers[0]
@@ -79,6 +81,7 @@ def points(
     for b in budgets if 'fedpaq-ef' in others else ():
         if qsgd_bits(b): yield dict(update_share=b, optimizer=usual, methods=['fedpaq-ef'])
     for o in optimizers[1:]: yield dict(update_share=main, optimizer=o, methods=[*pair, *whole])
+    if more and pair: yield dict(update_share=main, optimizer=usual, methods=pair, seeds=more)
     for s in selections if pair else ():
         select, _, mode = s.partition(':')
         chosen = dict(token_select=select) | (dict(token_mode=mode) if mode else {})
@@ -91,16 +94,17 @@ def points(
 def configs_of(
     preset: str,  # smoke, study, study-labels or paper
     point: dict[str, Any],  # of `points`
-    seeds: Any = '',  # '' for the preset's
+    seeds: Any = '',  # '' for those of the point, or of the preset
     **fields: Any,  # further configuration values
 ) -> list[RunConfig]:  # seeds outer
     "The runs of a point."
     experiment = EXPERIMENTS['exp7']
     rate = (experiment.fields | experiment.presets[preset])['lr'] * RATES[point['optimizer']]
-    values = {k: v for k, v in point.items() if k != 'methods'} | dict(lr=rate) | fields
+    values = {k: v for k, v in point.items() if k not in ('methods', 'seeds')} | dict(lr=rate) | fields
     bits = qsgd_bits(point['update_share'])
-    found = [c for m in point['methods'] for c in plan(
-        experiment, preset, m, seeds, **values | (dict(update_bits=bits) if m == 'fedpaq-ef' else {}))]
+    own = {m: values | (dict(update_bits=bits) if m == 'fedpaq-ef' else {}) for m in point['methods']}
+    some = as_list(seeds) or point.get('seeds', '')
+    found = [c for m, its in own.items() for c in plan(experiment, preset, m, some, **its)]
     return sorted(found, key=lambda c: c.seed)
 
 # %% ../../nbs/study/16j_fstq.ipynb #b175e0d4
@@ -147,7 +151,7 @@ def runs_of(
     if as_list(selections) and not set(rows) & set(PAIR):
         raise ValueError(f'selections={selections}: tried with {" or ".join(PAIR)}, name one in methods')
     chosen = as_list(selections) or as_list(swept['selections'])
-    found = points(shares, order, rows, chosen, VARIED.get(preset, ()))
+    found = points(shares, order, rows, chosen, VARIED.get(preset, ()), swept.get('more', ''))
     return list(dict.fromkeys(c for p in found for c in configs_of(preset, p, seeds, **fields)))
 
 # %% ../../nbs/study/16j_fstq.ipynb #fc4a6b21
