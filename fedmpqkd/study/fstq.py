@@ -49,7 +49,7 @@ PAIR = ('fedavg-fstq', 'fedavg-magnitude')
 _BOTH, _WIDE = ','.join(RATES), '0.02,0.01,0.05,0.2'
 SWEEPS = {  # selections: of tokens, besides all, behind a colon what for; more: seeds of the pair
     'smoke': dict(budgets='0.1,0.3', optimizers=_BOTH, selections='sensitivity,random'),
-    'study': dict(budgets=_WIDE, optimizers=_BOTH, selections='', more='3,4'),
+    'study': dict(budgets=_WIDE, optimizers=_BOTH, selections=''),
     'study-labels': dict(budgets='0.02', optimizers='adamw',
                          selections='sensitivity:input_drop,random:input_drop'),
     'paper': dict(budgets=_WIDE, optimizers=_BOTH, selections='sensitivity,random,sensitivity:input_drop,'
