@@ -424,19 +424,18 @@ class LanguageTask(Task):
     def score(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
         "Of options: accuracy by the run's way of scoring, and by all. Of plain text: that of the next token."
         nll, tokens, hits, size = outputs.double().unbind(-1)  # [n, O] each
-        if not torch.isfinite(nll).all(): return self._guessed(tokens, size)
-        if outputs.shape[1] == 1: return self._of_texts(nll, tokens, hits, size)
-        right = targets[:, 0].to(nll.device)
-        won = {s: option_scores(nll, tokens, size, s).argmax(1) == right for s in SCORES}
+        right = targets[:, :1].to(nll.device)  # the only one, 0, of texts
+        if not torch.isfinite(nll).all(): return self._guessed(tokens, size, right)
+        own = self._of_texts(*(t.gather(1, right) for t in (nll, tokens, hits, size)))
+        if outputs.shape[1] == 1: return own
+        won = {s: option_scores(nll, tokens, size, s).argmax(1) == right[:, 0] for s in SCORES}
         line = {f'accuracy_{s}': 100 * float(w.double().mean()) for s, w in won.items()}
-        own = self._of_texts(*(t.gather(1, right[:, None]) for t in (nll, tokens, hits, size)))
-        line['accuracy'] = line[f'accuracy_{self.data.score}']
-        return own | line
+        return own | line | dict(accuracy=line[f'accuracy_{self.data.score}'])
 
-    def _guessed(self, tokens: Tensor, size: Tensor) -> dict[str, Any]:
+    def _guessed(self, tokens: Tensor, size: Tensor, right: Tensor) -> dict[str, Any]:
         "Of a model that has diverged: metrics of one that finds all tokens, and all options, equally likely."
-        words = len(self.data.coder.vocabulary)
-        line = self._of_texts(math.log(words) * tokens, tokens, tokens / words, size) | dict(diverged=True)
+        words, (mine, its) = len(self.data.coder.vocabulary), (t.gather(1, right) for t in (tokens, size))
+        line = self._of_texts(math.log(words) * mine, mine, mine / words, its) | dict(diverged=True)
         if tokens.shape[1] == 1: return line
         chance = 100 * float((1 / (tokens > 0).sum(1).clamp(min=1)).mean())
         return line | {key: chance for key in self.metrics if key.startswith('accuracy')}

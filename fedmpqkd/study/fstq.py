@@ -47,7 +47,7 @@ def qsgd_bits(
 RATES = {'adamw': 1.0, 'sgd': 50.0}  # times the experiment's own rate
 PAIR = ('fedavg-fstq', 'fedavg-magnitude')
 _BOTH, _WIDE = ','.join(RATES), '0.02,0.01,0.05,0.2'
-SWEEPS = {  # selections: of tokens, besides all, behind a colon what for; more: seeds of the pair
+SWEEPS = {  # selections are of tokens, besides all; behind a colon what for, see `token_mode`
     'smoke': dict(budgets='0.1,0.3', optimizers=_BOTH, selections='sensitivity,random'),
     'study': dict(budgets=_WIDE, optimizers=_BOTH, selections=''),
     'study-labels': dict(budgets='0.02', optimizers='adamw',
@@ -68,7 +68,6 @@ def points(
     methods: Sequence[str],  # recipes
     selections: Sequence[str] = (),  # of tokens, see `SWEEPS`
     varied: Sequence[tuple[dict[str, Any], Sequence[str]]] = (),  # of `VARIED`
-    more: str = '',  # further seeds of the pair at the main budget
 ) -> Iterator[dict[str, Any]]:  # budget, optimiser, rows, and what else is changed
     "What is run, most telling first."
     main, usual = budgets[0], optimizers[0]
@@ -81,7 +80,6 @@ def points(
     for b in budgets if 'fedpaq-ef' in others else ():
         if qsgd_bits(b): yield dict(update_share=b, optimizer=usual, methods=['fedpaq-ef'])
     for o in optimizers[1:]: yield dict(update_share=main, optimizer=o, methods=[*pair, *whole])
-    if more and pair: yield dict(update_share=main, optimizer=usual, methods=pair, seeds=more)
     for s in selections if pair else ():
         select, _, mode = s.partition(':')
         chosen = dict(token_select=select) | (dict(token_mode=mode) if mode else {})
@@ -94,17 +92,16 @@ def points(
 def configs_of(
     preset: str,  # smoke, study, study-labels or paper
     point: dict[str, Any],  # of `points`
-    seeds: Any = '',  # '' for those of the point, or of the preset
+    seeds: Any = '',  # '' for the preset's
     **fields: Any,  # further configuration values
 ) -> list[RunConfig]:  # seeds outer
     "The runs of a point."
     experiment = EXPERIMENTS['exp7']
     rate = (experiment.fields | experiment.presets[preset])['lr'] * RATES[point['optimizer']]
-    values = {k: v for k, v in point.items() if k not in ('methods', 'seeds')} | dict(lr=rate) | fields
+    values = {k: v for k, v in point.items() if k != 'methods'} | dict(lr=rate) | fields
     bits = qsgd_bits(point['update_share'])
     own = {m: values | (dict(update_bits=bits) if m == 'fedpaq-ef' else {}) for m in point['methods']}
-    some = as_list(seeds) or point.get('seeds', '')
-    found = [c for m, its in own.items() for c in plan(experiment, preset, m, some, **its)]
+    found = [c for m, its in own.items() for c in plan(experiment, preset, m, seeds, **its)]
     return sorted(found, key=lambda c: c.seed)
 
 # %% ../../nbs/study/16j_fstq.ipynb #b175e0d4
@@ -151,19 +148,23 @@ def runs_of(
     if as_list(selections) and not set(rows) & set(PAIR):
         raise ValueError(f'selections={selections}: tried with {" or ".join(PAIR)}, name one in methods')
     chosen = as_list(selections) or as_list(swept['selections'])
-    found = points(shares, order, rows, chosen, VARIED.get(preset, ()), swept.get('more', ''))
+    found = points(shares, order, rows, chosen, VARIED.get(preset, ()))
     return list(dict.fromkeys(c for p in found for c in configs_of(preset, p, seeds, **fields)))
 
 # %% ../../nbs/study/16j_fstq.ipynb #fc4a6b21
+def _changes(c: Mapping[str, Any]) -> list[str]:
+    "What is changed about a recipe, in words."
+    how, mode = c.get('token_select', 'none'), c.get('token_mode', 'loss_mask')
+    said = [] if how == 'none' else [how] if mode == 'loss_mask' else [how, mode]
+    if c.get('lora_train', 'AB') != 'AB': said.append(f'{c["lora_train"]} alone')
+    return [*said, 'mean of products'] if c.get('aggregate') == 'lora-product' else said
+
+
 def row_of(
     c: Mapping[str, Any],  # values of a configuration
 ) -> str:  # 'fedavg-fstq'; 'fedavg-fstq (random)' where labels were left out at random
     "The recipe, and what else is changed about it."
-    how, mode = c.get('token_select', 'none'), c.get('token_mode', 'loss_mask')
-    said = [] if how == 'none' else [how] if mode == 'loss_mask' else [how, mode]
-    if c.get('lora_train', 'AB') != 'AB': said.append(f'{c["lora_train"]} alone')
-    if c.get('aggregate') == 'lora-product': said.append('mean of products')
-    return f'{c["method"]} ({", ".join(said)})' if said else str(c['method'])
+    return f'{c["method"]} ({", ".join(said)})' if (said := _changes(c)) else str(c['method'])
 
 
 def split_of(
@@ -172,13 +173,12 @@ def split_of(
     "How texts are spread over clients."
     return f'Dirichlet({c["dirichlet"]:g})' if c['partition'] == 'dirichlet' else str(c['partition'])
 
-
+# %% ../../nbs/study/16j_fstq.ipynb #fc4a6b23
 def _point_of(c: RunConfig) -> str:
-    "'fedavg-fstq, adamw, natural, 2 %': where a run stands, for lines of progress."
+    "', adamw, natural, 2 %': where a run stands among those of its method and seed."
     values = dataclasses.asdict(c)
     share = [f'{100 * c.update_share:g} %'] if c.uplink == 'mixed' else []
-    changed = row_of(values).removeprefix(c.method).strip(' ()')
-    return ', '.join([c.optimizer, split_of(values), *share, *([changed] if changed else [])])
+    return ', '.join(['', c.optimizer, split_of(values), *share, *_changes(values)])
 
 # %% ../../nbs/study/16j_fstq.ipynb #cbc53806
 # long: the parameters of the notebook, one a line
@@ -203,7 +203,7 @@ def run_fstq(
     declared = own and preset in CITED_FSTQ and set(configs) == set(runs_of(preset))
     print(f'exp7: preset {preset}, {len(configs)} runs of {configs[0].rounds} rounds on {device}')
     scale = scale_folder(EXPERIMENTS['exp7'], preset, configs[0].dataset)
-    jobs = [Job(c, str(results), f'exp7/{scale}', data_dir, device, workers, label=', ' + _point_of(c))
+    jobs = [Job(c, str(results), f'exp7/{scale}', data_dir, device, workers, label=_point_of(c))
             for c in configs]
     return Outcome('exp7', preset, run_sweep(jobs), project_root(), declared, results, scale)
 
