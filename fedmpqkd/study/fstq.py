@@ -56,9 +56,11 @@ SWEEPS = {  # selections are of tokens, besides all; behind a colon what for, se
                                                               'random:input_drop,sensitivity:fisher_only')}
 CITED_FSTQ = ('study', 'study-labels')  # what is evidence
 _THREE = ('fedavg', *PAIR)
-VARIED = {'study-labels': (  # what is changed at the main budget, and for which rows
-    (dict(dirichlet=0.1), _THREE), (dict(partition='iid'), _THREE),
-    (dict(lora_train='B'), ('fedavg', 'fedavg-fstq')), (dict(aggregate='lora-product'), ('fedavg',)))}
+VARIED: dict[str, tuple[tuple[dict[str, Any], tuple[str, ...]], ...]] = {  # at the main budget, by rows
+    'study': ((dict(seeds='3,4'), PAIR),),
+    'study-labels': (
+        (dict(dirichlet=0.1), _THREE), (dict(partition='iid'), _THREE),
+        (dict(lora_train='B'), ('fedavg', 'fedavg-fstq')), (dict(aggregate='lora-product'), ('fedavg',)))}
 
 # %% ../../nbs/study/16j_fstq.ipynb #99c86db2
 # long: the points, in their order
@@ -92,16 +94,17 @@ def points(
 def configs_of(
     preset: str,  # smoke, study, study-labels or paper
     point: dict[str, Any],  # of `points`
-    seeds: Any = '',  # '' for the preset's
+    seeds: Any = '',  # '' for the point's or the preset's
     **fields: Any,  # further configuration values
 ) -> list[RunConfig]:  # seeds outer
     "The runs of a point."
     experiment = EXPERIMENTS['exp7']
     rate = (experiment.fields | experiment.presets[preset])['lr'] * RATES[point['optimizer']]
-    values = {k: v for k, v in point.items() if k != 'methods'} | dict(lr=rate) | fields
+    values = {k: v for k, v in point.items() if k not in ('methods', 'seeds')} | dict(lr=rate) | fields
     bits = qsgd_bits(point['update_share'])
     own = {m: values | (dict(update_bits=bits) if m == 'fedpaq-ef' else {}) for m in point['methods']}
-    found = [c for m, its in own.items() for c in plan(experiment, preset, m, seeds, **its)]
+    numbers = seeds if as_list(seeds) else point.get('seeds', '')
+    found = [c for m, its in own.items() for c in plan(experiment, preset, m, numbers, **its)]
     return sorted(found, key=lambda c: c.seed)
 
 # %% ../../nbs/study/16j_fstq.ipynb #b175e0d4
