@@ -34,7 +34,7 @@ from ..evaluate.metrics import peak_memory_mib
 from .server import Average
 from ..learn.alignment import TopK, align_batches, cached_map, move_logits, soft_rows, top_k
 from ..learn.dualmince import METRICS, choice_changes, logit_losses
-from ..learn.language import SCORES, _options, evenly, in_tokens, option_scores, row_scores
+from ..learn.language import SCORES, _options, evenly, in_tokens, in_turns, option_scores, row_scores
 from fedmpqkd.models.language import (
     GPTS,
     LanguageModel,
@@ -101,6 +101,7 @@ class MktConfig:
     lr: float = setting(0.001, 'of AdamW', interval('(0, inf)', 'greater than 0'))
     batch_size: int = setting(4, 'items a step', interval('[1, inf]', 'at least 1'))
     context: int = setting(128, 'tokens', interval('[4, inf]', 'at least 4'))
+    chat: bool = setting(False, 'are prompts in the chat template of each tokenizer that has one?')
     option_score: str = setting('sum', 'by which options are compared', one_of(*SCORES))
     lie: str = setting('none', 'what the last client reports', one_of(*LIES))
     check: bool = setting(False, 'does the server recompute losses from the logits?')
@@ -126,6 +127,8 @@ class MktConfig:
         if self.compat == 'official' and (self.check or self.metric != 'token'):
             raise ValueError("compat='official' has losses per token of prompt and answer together: they "
                              "cannot be checked by an answer's logits (check), and no other metric is known")
+        if self.compat == 'official' and self.chat:
+            raise ValueError("chat=True: compat='official' compares losses over prompts, too")
         if self.method == 'fedavg': object.__setattr__(self, 'average', True)
         if self.average and len(set(self.clients)) > 1:
             raise ValueError(f'method={self.method}, average=True: only equal clients can be averaged')
@@ -155,7 +158,8 @@ class Party:
     number: int
     coder: TextCoder
     model: nn.Module  # marked ids to logits
-    public: TokenBatch
+    public: TokenBatch  # as it reads them
+    plain: TokenBatch  # the same texts without its chat template
     private: TokenBatch | None  # None for the server
     test: Tensor  # int64 [n, O, T], marked
     size: Tensor  # int64 [n, O]: bytes of the options
@@ -239,6 +243,25 @@ def _read(items: tuple[Item, ...], coder: TextCoder, kind: str, context: int) ->
     return in_tokens(target_pairs(items), coder, kind, context)
 
 
+def _asked(items: Sequence[Item], coder: TextCoder, c: MktConfig) -> tuple[Item, ...]:
+    "What a participant reads."
+    return in_turns(items, coder) if c.chat and coder.chat else tuple(items)
+
+
+def _both(
+    items: Sequence[Item], coder: TextCoder, kind: str, c: MktConfig,
+) -> tuple[TokenBatch, TokenBatch]:
+    "What a participant reads, in tokens; and the same without a chat template."
+    asked, plain = (_read(tuple(some), coder, kind, c.context) for some in (_asked(items, coder, c), items))
+    return asked, plain
+
+
+def _answers(batch: TokenBatch) -> dict[int, list[int]]:
+    "The tokens to be predicted, by text."
+    rows = zip(batch.index.tolist(), batch.labels, strict=True)
+    return {n: row[row != IGNORED].tolist() for n, row in rows}
+
+
 _read_options = lru_cache(maxsize=8)(_options)
 
 
@@ -247,26 +270,29 @@ def parties(
     c: MktConfig,
     device: str | torch.device = 'cpu',  # of the models; the texts stay with the host
 ) -> tuple[list[Party], list[Item]]:  # the server first; test items
-    "All participants; a public text that is too long for one of them is nobody's."
+    "All participants; a public text that one of them cannot use is nobody's."
     # long: who can read what, then one participant after the other
     public, private, test = dealt(text, c)
     texts = [prompt + target for prompt, target in target_pairs(public)]
     made = [build_party_model(spec, c, texts, n) for n, spec in enumerate((c.server, *c.clients))]
+    if c.chat and not any(coder.chat for coder, _ in made):
+        raise ValueError('chat=True: none of the tokenizers has a chat template')
     fits = set(range(len(public)))
     for coder, _ in made:
-        fits &= set(_read(tuple(public), coder, text.kind, c.context).index.tolist())
+        asked, plain = map(_answers, _both(public, coder, text.kind, c))
+        fits &= {n for n, answer in plain.items() if asked.get(n) == answer}
     if not fits: raise ValueError(f'context={c.context}: no public item is short enough for everybody')
     public = [item for n, item in enumerate(public) if n in fits]
     found = []
     for n, (coder, model) in enumerate(made):
-        own = _read(tuple(private[n - 1]), coder, text.kind, c.context) if n else None
+        own = _both(private[n - 1], coder, text.kind, c)[0] if n else None
         if own is not None and not len(own):
             raise ValueError(f'context={c.context}: no private item of client {n} is short enough')
-        x, size, kept = _read_options(tuple(test), coder, text.kind, c.context)
+        x, size, kept = _read_options(_asked(test, coder, c), coder, text.kind, c.context)
         if not kept.all():
             raise ValueError(f'context={c.context}: {int((~kept).sum())} test items are too long')
-        shared = _read(tuple(public), coder, text.kind, c.context)
-        found.append(Party(n, coder, model.to(device), shared, own, x, size, torch.device(device)))
+        shared = _both(public, coder, text.kind, c)
+        found.append(Party(n, coder, model.to(device), *shared, own, x, size, torch.device(device)))
     return found, test
 
 # %% ../../nbs/federation/12h_mkt.ipynb #0090a3e7
@@ -354,13 +380,14 @@ def connect(
 ) -> Line:
     "Align two participants' tokens on the public texts, once for all rounds."
     names = a.coder.vocabulary, b.coder.vocabulary
-    source = _aligned(a.public, b.public, *names, c.cost, c.rule)  # [N, T_b]
-    counts = a.public.labels != IGNORED
-    row = torch.full_like(a.public.labels, -1)
+    one, other = a.plain, b.plain
+    source = _aligned(one, other, *names, c.cost, c.rule)  # [N, T_b]
+    counts = one.labels != IGNORED
+    row = torch.full_like(one.labels, -1)
     row[counts] = torch.arange(int(counts.sum()))  # where each position is in a message
     found = row.gather(1, source.clamp(min=0)).where(source >= 0, -1)
-    mine = b.public.labels != IGNORED
-    labels = b.public.ids if c.compat == 'official' else b.public.labels
+    mine = other.labels != IGNORED
+    labels = other.ids if c.compat == 'official' else other.labels
     partner = torch.from_numpy(cached_map(*names))
     return Line(found[mine], partner, labels[mine])
 
@@ -686,7 +713,7 @@ def centralised(
     "Train the server's model on everybody's texts, public and private, for as many passes."
     public, private, _ = dealt(text, c)
     items = [*public, *(i for some in private for i in some)]
-    batch = in_tokens(target_pairs(items), server.coder, text.kind, c.context)
+    batch = _both(items, server.coder, text.kind, c)[0]
     for round in range(c.rounds): trained_privately(server, c, round, batch)
 
 # %% ../../nbs/federation/12h_mkt.ipynb #901e590f

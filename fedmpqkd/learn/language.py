@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'option_scores', 'plain_words', 'exact_match', 'rouge_l', 'pieces', 'LanguageData', 'coder_of', 'evenly',
-           'in_tokens', 'language_data', 'load_language', 'portions', 'Packed', 'packed', 'before_head', 'told_by',
-           'row_scores', 'LanguageTask', 'greedily', 'written', 'answer_scores']
+           'in_tokens', 'in_turns', 'language_data', 'load_language', 'portions', 'Packed', 'packed', 'before_head',
+           'told_by', 'row_scores', 'LanguageTask', 'greedily', 'written', 'answer_scores']
 
 # %% ../../nbs/learn/09h_language.ipynb #ddde1758
 import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -160,6 +160,14 @@ def in_tokens(
     own_bos = bos is not None and 'eos' not in special[bos]
     return coder.tokens(pairs, context, bos=kind == 'text' or own_bos, eos=kind in ('answer', 'text'))
 
+
+def in_turns(
+    items: Iterable[Item],
+    coder: TextCoder,  # whose template; an error if it has none
+) -> tuple[Item, ...]:
+    "The same items, with each prompt as a user's turn in a chat."
+    return tuple(replace(i, prompt=coder.prompt(i.prompt)) for i in items)
+
 # %% ../../nbs/learn/09h_language.ipynb #ea7e1fc1
 def _options(items: Sequence[Item], coder: TextCoder, kind: str, context: int) -> tuple[Tensor, Tensor, Any]:
     "Marked ids [n, O, T], bytes [n, O], and which items have all their options."
@@ -195,8 +203,7 @@ def language_data(
     "The text of a run."
     c, kind, coder = config, text.kind, coder_of(text, config)
     train, test = evenly(text.train, c.train_images), evenly(text.test, c.test_images)
-    if c.chat:
-        train, test = (tuple(replace(i, prompt=coder.prompt(i.prompt)) for i in p) for p in (train, test))
+    if c.chat: train, test = in_turns(train, coder), in_turns(test, coder)
     if kind == 'text':
         train, test = (tuple(q for i in p for q in pieces(i, coder, c.context - 2)) for p in (train, test))
     batch = in_tokens(target_pairs(train), coder, kind, c.context)

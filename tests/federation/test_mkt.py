@@ -11,6 +11,7 @@ from fedmpqkd.data.text import IGNORED, Item, TextData, load_text
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from fedmpqkd.federation import mkt  # noqa: E402
 from fedmpqkd.federation.mkt import (  # noqa: E402
     MktConfig,
     connect,
@@ -24,6 +25,7 @@ from fedmpqkd.federation.mkt import (  # noqa: E402
     whole_losses,
 )
 from fedmpqkd.learn.dualmince import message_size  # noqa: E402
+from fedmpqkd.models.language import trained_coder  # noqa: E402
 from fedmpqkd.study.mkt import plan_mkt, run_mkt  # noqa: E402
 
 FEW = dict(public=8, private=4, test=8, rounds=1)
@@ -486,3 +488,54 @@ def test_what_a_killed_process_leaves_beside_its_record_is_swept(tmp_path):
 def test_what_changes_nothing_is_said(tmp_path, capsys):
     run_mkt("smoke", "zero-shot", "0", results_dir=str(tmp_path), weight=0.5)
     assert "weight changes nothing in zero-shot" in capsys.readouterr().out
+
+
+class Turns:
+    "A chat template."
+
+    def apply_chat_template(self, turn, **_): return f"<user>{turn[0]['content']}<assistant>"
+
+
+def test_one_participant_chats_and_the_others_do_not(facts, monkeypatch):
+    "Its prompts are in its template, in training and in tests; rows and lines are as without."
+    made = mkt._coder
+
+    def polite(tokenizer, texts):
+        coder = made(tokenizer, texts)
+        return dataclasses.replace(coder, chat=Turns()) if tokenizer.startswith("unigram") else coder
+    bare, _ = parties(facts, MktConfig(**FEW))
+    monkeypatch.setattr(mkt, "_coder", polite)
+    c = MktConfig(**FEW, chat=True)
+    everybody, _ = parties(facts, c)
+    for texts in (lambda p: p.public.ids, lambda p: p.private.ids, lambda p: p.test):
+        before, now = ([texts(p).shape[-1] for p in some[1:]] for some in (bare, everybody))
+        assert now[0] == before[0] and now[1] > before[1]
+    for p, q in zip(everybody, bare, strict=True):
+        assert p.positions.tolist() == q.positions.tolist()
+    for a, b in ((2, 0), (0, 2)):
+        one, other = connect(everybody[a], everybody[b], c), connect(bare[a], bare[b], MktConfig(**FEW))
+        assert one.source.tolist() == other.source.tolist() and one.labels.tolist() == other.labels.tolist()
+    record, plain = play_mkt(facts, c), play_mkt(facts, MktConfig(**FEW))
+    assert record["summary"]["bytes_up"] == plain["summary"]["bytes_up"] and record["id"] != plain["id"]
+    assert record["curve"][0]["loss_private"][1] != plain["curve"][0]["loss_private"][1]
+
+
+def test_a_text_whose_answer_a_template_changes_is_nobodys(facts, monkeypatch):
+    made, eaten = mkt.in_turns, []
+
+    def some(items, coder):
+        found = made(items, dataclasses.replace(coder, chat=Turns()))
+        eaten.append(found)
+        return tuple(dataclasses.replace(i, options=(*i.options[:-1], "?"), label=len(i.options) - 1)
+                     if n == 0 else i for n, i in enumerate(found))
+    monkeypatch.setattr(mkt, "in_turns", some)
+    monkeypatch.setattr(mkt, "_coder", lambda t, x: dataclasses.replace(trained_coder(t, x), chat=Turns()))
+    everybody, _ = parties(facts, MktConfig(**FEW, chat=True))
+    assert eaten and {len(p.public) for p in everybody} == {FEW["public"] - 1}
+
+
+def test_chat_without_a_template_or_with_losses_over_prompts_is_refused(facts):
+    with pytest.raises(ValueError, match="none of the tokenizers has a chat template"):
+        parties(facts, MktConfig(**FEW, chat=True))
+    with pytest.raises(ValueError, match="losses over prompts"):
+        MktConfig(chat=True, compat="official")
