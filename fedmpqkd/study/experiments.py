@@ -132,8 +132,8 @@ EXP5_ARC = Experiment(
          lora_rank=8, clients=4, partition='iid', local_epochs=1, batch_size=8, lr=0.05, bits=4,
          lambda_b=0.01, alpha=0.5, temperature=2.0, rounds=5, eval_images=400, kd_warmup_rounds=1),
     dict(smoke=_TEXT_SMOKE | dict(lora_rank=2),
-         study=dict(clients=2, train_images=160, test_images=200, rounds=2, precision='bf16',
-                    optimizer='adamw', lr=0.001, methods=_TEXT_STUDENTS, seeds='0,1,2'),
+         study=dict(clients=2, train_images=160, test_images=200, rounds=3, precision='bf16',
+                    optimizer='adamw', lr=0.002, methods=_TEXT_STUDENTS, seeds='0,1,2'),
          paper=dict(methods=_TEXT_ROWS, seeds='0,1,2,3,4')))
 
 # %% ../../nbs/study/16b_experiments.ipynb #34c76c85
