@@ -89,7 +89,8 @@ NOTEBOOKS: dict[str, dict[str, str]] = dict(  # options of their own: the parame
         lr='learning rate of the students', plugins=EXPERIMENT['plugins'],
         fields='any further values in one word: gamma=0,epochs=2'),
     exp5=_NOTEBOOK | dict(
-        methods=EXPERIMENT['methods'], bits='average bits a weight, separated by commas',
+        preset='scale: auto, smoke, study or paper', methods=EXPERIMENT['methods'],
+        bits='average bits a weight, separated by commas',
         name='exp5 (from scratch) or exp5-arc (adapters on a pretrained model)'),
     exp6=_NOTEBOOK | dict(preset='smoke, study-a, study-b, study-three, ..., or paper',
                           methods='public-ce,fedmkt, ...',

@@ -43,7 +43,7 @@ from fedmpqkd.report.evidence import (
 )
 from .fstq import CONTROLS, control_pairs, fstq_frame, fstq_pairs, fstq_table, image_pairs
 from .hypotheses import hypotheses, sent_by_clients, timed_rounds
-from .language import language_table, stored_language, taught
+from .language import assigned, language_table, stored_language, taught
 from .mkt import mixed_machines, mkt_pairs, mkt_table
 from .readings import growth, in_settings, planned, pre_declared
 from ..study.axes import axis_points
@@ -547,14 +547,14 @@ def hypothesis_facts(
     found = hypotheses((main.group, main.records), conditions, sizes, timed)
     files = tuple(dict.fromkeys(f for s in (main, *both) for f in s.files('fedmpq', 'fedmpq-kd')))
     if timed: files = *files, 'bench/time.json'
-    how = 'paired by seed, Holm over all rows'
+    how = 'paired by seed, Holm over (a) and (c)'
     rows = ['| | Hypothesis | Difference | 95 % interval | n | Verdict |', '|---|---|--:|--:|--:|---|']
     parts: dict[str, Fact] = {}
     for r in found.itertuples():
         numbers = dict(difference=f'{r.difference:+.2f} {r.unit}', low=f'{r.ci_low:.2f}',
                        high=f'{r.ci_high:.2f}')
         size = f'{numbers["difference"]} | {numbers["low"]} to {numbers["high"]}' if r.n > 1 else ' | '
-        rows.append(f'| {r.letter} | {r.hypothesis} | {size} | {r.n} | {r.verdict} |')
+        rows.append(f'| {r.letter} | {r.hypothesis} | {size} | {r.n or "–"} | {r.verdict} |')
         parts |= {f'{r.hypothesis}, {key}': Fact(text, how, files) for key, text in numbers.items()}
     return {'hypotheses.table': Fact('\n'.join(rows), how, files, parts)}
 
@@ -583,8 +583,9 @@ def language_facts(
     how = 'mean of the last three rounds, over seeds'
     found = {key: table_fact(aligned(to_markdown(each), 2), how, lambda row: both.files(*row.split(' - ')), 2)
              for key, each in (('table', table), ('tests', pairs))} | setting_facts(first)
-    for row, size, interval in zip(tests.itertuples(), sizes, between, strict=True):
-        said = f'{size} {_BITS} ({interval}, n = {row.n}; {row.verdict.partition(" (")[0]})'
+    for row in (*tests.itertuples(), *assigned(records).itertuples()):
+        said = (f'{row.difference:+.3f} {_BITS} ({row.ci_low:.3f} to {row.ci_high:.3f}, n = {row.n}; '
+                f'{row.verdict.partition(" (")[0]})')
         found[f'{row.a}-vs-{row.b}.{row.bits}.brief'] = Fact(said, 'paired by seed', both.files(row.a, row.b))
     return {f'language.{key}': fact for key, fact in found.items()}
 

@@ -265,8 +265,8 @@ def _traffic_words(less: pd.DataFrame) -> str:
     for (*kind, budget), own in less[less.method == 'fedavg-fstq'].groupby([*several, 'budget']):
         at = ', '.join([*kind, f'{100 * budget:g} %'])
         less_up, clock, hit = own.times_less.mean(), own.clock.mean(), own.times_less.count()
-        said.append(f'{at}: {less_up:.1f} times less up, clock {100 * (1 - 1 / clock):.0f} % less '
-                    f'({hit} of {len(own)} runs)' if hit else f'{at}: never reached')
+        said.append(f'{at}: {less_up:.1f} times less up, clock {100 * (1 - 1 / clock):.0f} % less, in the '
+                    f'{hit} of {len(own)} runs that got there' if hit else f'{at}: never reached')
     return '; '.join(said)
 
 
@@ -281,10 +281,10 @@ def fstq_claims(
     if len(pairs):
         measured['magnitude Top-k'] = '; '.join(
             f'{p["budget %"]:g} %: {p.difference:+.3f} nats (n={p.n})' for _, p in pairs.iterrows())
-    if some := [line for line in reading if line['rule'] == 'sensitivity']:
+    if some := [line for line in reading if line['rule'] != 'whole']:
         measured['inference 1.55 times as fast'] = '; '.join(
-            f'{100 * x["share"]:g} % of the prompt: {x["faster"]:.2f} times, {x["lost"]:+.3f} nats'
-            for x in some)
+            f'{100 * x["share"]:g} % of the prompt ({x["rule"]}): {x["faster"]:.2f} times, '
+            f'{x["lost"]:+.3f} nats' for x in some) + f'; one model, one seed, {some[0]["texts"]} texts'
     return ledger.assign(measured=ledger.claim.map(measured).fillna(''))
 
 # %% ../../nbs/report/17h_fstq.ipynb #552ef7f7
@@ -371,7 +371,7 @@ def prompt_lines(
     if not path.exists(): return []
     found, names = read_record(path), ('model', 'dataset')
     same = any(all(r['config'][k] == found[k] for k in names) for r in records)
-    return list(found['lines']) if same else []
+    return [line | dict(texts=found['texts']) for line in found['lines']] if same else []
 
 # %% ../../nbs/report/17h_fstq.ipynb #e4c46937
 def fstq_page(

@@ -46,10 +46,10 @@ HYPOTHESES = (
     Hypothesis('a', 'raises final accuracy', gain, 'points'),
     Hypothesis('a', 'speeds up convergence (mean over rounds)', _faster, 'points'),
     Hypothesis('b', 'takes at most 10 % more time', more_time, '%', at_most=10),
-    Hypothesis('b', 'sends no more bytes (worse direction)', more_bytes, '%', at_most=1),
+    Hypothesis('b', 'sends at most 1 % more bytes (worse direction)', more_bytes, '%', at_most=1),
     Hypothesis('a', 'raises final accuracy, teacher: the received model', gain, 'points', FREE),
-    Hypothesis('b', 'sends no more bytes (worse direction), teacher: the received model', more_bytes, '%',
-               FREE, 1))
+    Hypothesis('b', 'sends at most 1 % more bytes (worse direction), teacher: the received model',
+               more_bytes, '%', FREE, 1))
 
 # %% ../../nbs/report/17e_hypotheses.ipynb #20129f83
 def _decide(row: Mapping[str, Any], at_most: float) -> str:

@@ -106,7 +106,8 @@ def mixed_machines(records: Sequence[Mapping[str, Any]]) -> str:
     for b in AGAINST:
         pairs = [place[m, s] != place[b, s] for m, s in place if m == 'fedmkt' and (b, s) in place]
         if any(pairs): said.append(f'{sum(pairs)} of {len(pairs)} with `{b}`')
-    return f'Pairs of two kinds of processors, which round otherwise: {", ".join(said)}.' if said else ''
+    return ('Some pairs were computed on two kinds of processors, whose floating-point rounding differs: '
+            f'{", ".join(said)}.') if said else ''
 
 
 def mkt_reading(records: Sequence[Mapping[str, Any]]) -> str:
@@ -143,8 +144,10 @@ def mkt_choices(
             rows.append({'round': line['round'], 'n': 1, 'server from nobody %': nobody}
                         | {f'from client {k} %': share for k, share in enumerate(clients, 1)}
                         | {f'client {k} from server %': share for k, share in enumerate(down, 1)}
-                        | {f'changed per {m} %': 100 * line['changes'][m] for m in ('byte', 'sample')}
-                        | {f'clients, per {m} %': 100 * mean(one[m] for one in line['changes_down'])
+                        | {f'server, other choice per {m} %': 100 * line['changes'][m]
+                           for m in ('byte', 'sample')}
+                        | {f'clients, other choice per {m} %':
+                           100 * mean(one[m] for one in line['changes_down'])
                            for m in ('byte', 'sample') if both})
     if not rows: return pd.DataFrame()
     found = pd.DataFrame(rows).groupby('round')
@@ -173,12 +176,15 @@ def mkt_claims(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:  # claim, 
     def mean(method: str) -> float:
         return float(np.mean([r['summary']['mean_client'] for r in records if r['config']['method'] == method]
                              or [np.nan]))
+    said = {r.b: f'{r.difference:+.2f} points: {r.verdict}' for r in mkt_pairs(records).itertuples()
+            if r.who == 'mean_client'}
     gains = [100 * (mean('fedmkt') / mean(m) - 1) for m in ('zero-shot', 'standalone', 'public-ce')]
     there = message_size(512, 16, 50_257, samples=1000).total / adapter_size([(2048, 2048)] * 48, 8)
     return pd.DataFrame([
         ('relative gain over zero-shot, %', '5 to 34', gains[0], ''),
-        ('relative gain over standalone, %', '5 to 7', gains[1], ''),
-        ('relative gain over public labels alone, %', 'not reported', gains[2], 'what logits add'),
+        ('relative gain over standalone, %', '5 to 7', gains[1], said.get('standalone', '')),
+        ('relative gain over public labels alone, %', 'not reported', gains[2],
+         f'what logits add; {said.get("public-ce", "not run")}'),
         ('RTE, FedMKT and pooled data, %', '82.3 and 85.9', np.nan, 'not measured here'),
         ('bytes up, over those of an adapter', 'reduced', over_adapter(records),
          f'{there:.1f} at the published scale, by arithmetic'),
