@@ -164,9 +164,8 @@ def run_texts(values: dict[str, Any]) -> Shown:
 def run_teaching(values: dict[str, Any]) -> Shown:
     "Run Experiment 6."
     from fedmpqkd.report.mkt import mkt_page, write_mkt
-    from fedmpqkd.study.experiments import parse_fields
     from fedmpqkd.study.mkt import run_mkt
-    found = run_mkt(**values | parse_fields(values.pop('fields', '')))
+    found = run_mkt(**values)
     return mkt_page(found.records), lambda: write_mkt(found), [found.folder]
 
 def run_coding(values: dict[str, Any]) -> Shown:

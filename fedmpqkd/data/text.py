@@ -623,7 +623,7 @@ def _row(
     eos: int | None,
 ) -> tuple[list[int], list[tuple[int, int]], int]:  # ids, spans, position of the target's first token
     "One text in tokens; the position lies behind the end if no token reaches beyond the prompt."
-    start = [] if bos is None else [bos]
+    start = [] if bos is None or code.ids[:1] == [bos] else [bos]  # a chat template may have its own
     stop = [] if eos is None else [eos]
     end = len(prompt + target)
     ids = [*start, *code.ids, *stop]

@@ -410,9 +410,10 @@ def _first_of_each(
     index: Tensor,  # int64 [T, K]: partners, -1 for none
 ) -> Tensor:  # bool [T, K]
     "Which entries are the first with their partner."
-    equal = index[:, :, None] == index[:, None, :]  # [T, K, K]
-    earlier = torch.ones(index.shape[1], index.shape[1], dtype=torch.bool, device=index.device).tril(-1)
-    return (index >= 0) & ~(equal & earlier).any(-1)
+    found, order = index.sort(dim=-1, stable=True)
+    new = torch.ones_like(index, dtype=torch.bool)
+    new[:, 1:] = found[:, 1:] != found[:, :-1]
+    return (index >= 0) & torch.zeros_like(new).scatter(-1, order, new)
 
 # %% ../../nbs/learn/09f_alignment.ipynb #3c82ba08
 def move_logits(

@@ -483,7 +483,7 @@ def written(
     bos = coder.vocabulary.role('bos')
     first = [] if bos in (None, end) else [bos]
     for n in range(0, len(prompts), portion):
-        rows = [[*first, *code.ids] for code in
+        rows = [code.ids if code.ids[:1] == first else [*first, *code.ids] for code in
                 coder.inner.encode_batch(list(prompts[n : n + portion]), add_special_tokens=False)]
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)

@@ -45,11 +45,11 @@ def language_table(
 ) -> pd.DataFrame:  # one row a method and number of bits; mean and spread over seeds
     "What was measured."
     rows = []
-    for bits, some in records.items():
+    for some in records.values():
         check_comparable(some)
         for method in dict.fromkeys(r['config']['method'] for r in some):
             own = [r for r in some if r['config']['method'] == method]
-            width = bits if is_quantised(own[0]) else '32'
+            width = '/'.join(f'{b:g}' for b in own[0]['config']['bits']) if is_quantised(own[0]) else '32'
             row: dict[str, Any] = {'method': method, 'bits': width, 'n': len(own)}
             for metric, heading in METRICS.items():
                 if metric not in own[0]['curve'][-1]: continue

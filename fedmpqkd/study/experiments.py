@@ -25,7 +25,7 @@ import torch
 from ..core.config import RunConfig, as_list, as_typed, run_id
 from ..core.journal import Claimed, Journal, project_root, read_record
 from ..core.machine import has_bf16
-from ..core.record import Record
+from ..core.record import Record, require_whole
 from ..core.usercode import import_file
 from ..data.images import _LOADERS, DataMissing, Dataset, load_dataset
 from fedmpqkd.federation.methods import (
@@ -380,6 +380,7 @@ def _attempt(job: Job, sweep: Sweep | None = None) -> Record | Claimed:
     journal.tidy()
     c = _as_registered(job)
     if (done := journal.record()) is not None:
+        require_whole(done, journal.record_path)
         if sweep: sweep.found(c.rounds, runs=1)
         return cast(Record, done)
     progress = None if job.quiet else Progress(f'{c.method} seed {c.seed}{job.label}', c.rounds, sweep)
@@ -480,11 +481,15 @@ class Outcome:
 # %% ../../nbs/study/16b_experiments.ipynb #f53bf509
 def parse_fields(
     text: str,  # 'lr=0.05,rounding_up=stochastic'
+    taken: Iterable[str] = (),  # parameters of their own
 ) -> dict[str, str]:
     "Further configuration values, written in one string."
     pairs = [item.partition('=') for item in as_list(text)]
-    for key, equals, _ in pairs:
+    for key, equals, value in pairs:
         if not equals: raise ValueError(f'fields: {key!r} is not of the form name=value')
+        if key.strip() in taken:
+            raise ValueError(f'fields: {key.strip()} is a parameter of its own, '
+                             f'say {key.strip()}={value.strip()}')
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 # %% ../../nbs/study/16b_experiments.ipynb #222e77b9

@@ -60,7 +60,8 @@ VARIED: dict[str, tuple[tuple[dict[str, Any], tuple[str, ...]], ...]] = {  # at 
     'study': ((dict(seeds='3,4'), PAIR),),
     'study-labels': (
         (dict(dirichlet=0.1), _THREE), (dict(partition='iid'), _THREE),
-        (dict(lora_train='B'), ('fedavg', 'fedavg-fstq')), (dict(aggregate='lora-product'), ('fedavg',)))}
+        (dict(lora_train='B', update_share=0.05), ('fedavg', 'fedavg-fstq')),
+        (dict(aggregate='lora-product'), ('fedavg',)))}
 
 # %% ../../nbs/study/16j_fstq.ipynb #99c86db2
 # long: the points, in their order
@@ -73,7 +74,7 @@ def points(
 ) -> Iterator[dict[str, Any]]:  # budget, optimiser, rows, and what else is changed
     "What is run, most telling first."
     main, usual = budgets[0], optimizers[0]
-    pair, others = ([m for m in methods if (m in PAIR) == both] for both in (True, False))
+    pair, others = [m for m in PAIR if m in methods], [m for m in methods if m not in PAIR]
     whole = [m for m in others if m == 'fedavg']
     yield dict(update_share=main, optimizer=usual, methods=[*pair, *whole])
     for b in budgets[1:]: yield dict(update_share=b, optimizer=usual, methods=pair)
@@ -111,6 +112,8 @@ def configs_of(
 OWN = {'optimizer': 'optimizers={}', 'update_share': 'budgets={}',
        'update_bits': 'budgets=SHARE, from which bits follow',
        'token_select': 'selections={}', 'token_mode': 'selections=sensitivity:{}'}
+
+_TAKEN = ('preset', 'budgets', 'optimizers', 'methods', 'seeds', 'selections')
 
 
 def refuse_own(
@@ -152,7 +155,13 @@ def runs_of(
         raise ValueError(f'selections={selections}: tried with {" or ".join(PAIR)}, name one in methods')
     chosen = as_list(selections) or as_list(swept['selections'])
     found = points(shares, order, rows, chosen, VARIED.get(preset, ()))
-    return list(dict.fromkeys(c for p in found for c in configs_of(preset, p, seeds, **fields)))
+    runs = list(dict.fromkeys(c for p in found for c in configs_of(preset, p, seeds, **fields)))
+    if not runs:
+        raise ValueError(f'methods={",".join(rows)}: nothing to run, since QSGD needs two bits an entry, '
+                         '6.25 % of fp32, and no budget has them')
+    if all(c.update != 'fp32' for c in runs):
+        raise ValueError(f'methods={",".join(rows)}: bytes are compared with those of fp32, name fedavg, too')
+    return runs
 
 # %% ../../nbs/study/16j_fstq.ipynb #fc4a6b21
 def _changes(c: Mapping[str, Any]) -> list[str]:
@@ -174,7 +183,7 @@ def split_of(
     c: Mapping[str, Any],  # values of a configuration
 ) -> str:  # 'natural', 'iid', 'Dirichlet(0.1)'
     "How texts are spread over clients."
-    return f'Dirichlet({c["dirichlet"]:g})' if c['partition'] == 'dirichlet' else str(c['partition'])
+    return f'Dirichlet({float(c["dirichlet"]):g})' if c['partition'] == 'dirichlet' else str(c['partition'])
 
 # %% ../../nbs/study/16j_fstq.ipynb #fc4a6b23
 def _point_of(c: RunConfig) -> str:
@@ -200,7 +209,8 @@ def run_fstq(
 ) -> Outcome:
     "Run what is missing of Experiment 7, and return all its records."
     preset, device = 'smoke' if preset == 'auto' else preset, choose_device(device)
-    configs = runs_of(preset, budgets, optimizers, methods, seeds, selections, **parse_fields(fields))
+    configs = runs_of(preset, budgets, optimizers, methods, seeds, selections,
+                      **parse_fields(fields, taken=_TAKEN))
     results = Path(results_dir).expanduser() if results_dir else project_root() / 'results'
     own = results.resolve() == (project_root() / 'results').resolve()
     declared = own and preset in CITED_FSTQ and set(configs) == set(runs_of(preset))
@@ -243,6 +253,7 @@ def shorter_prompts(
     "Measure quality and seconds with fewer tokens in the prompts, and keep it in `exp7/reduction.json`."
     root = results or project_root() / 'results'
     journal, task, model = _trained(c, group, root, data_dir)
+    if task.data.test_items[0].options: raise ValueError(f'{c.dataset}: answers are asked for, not options')
     size = len(task.data.coder.vocabulary)
     some, own = (torch.arange(0, len(x), max(1, len(x) // n))[:n] for x, n in (
         (task.test_samples, texts), (task.train_samples, table_texts)))
@@ -269,6 +280,7 @@ def written_answers(
     journal, task, model = _trained(c, group, root, data_dir)
     data = task.data
     items = evenly(data.test_items, texts)
+    if items[0].options: raise ValueError(f'{c.dataset}: answers are asked for, not options')
     asked = [i.prompt for i in items]
     start = build_language_model(c, len(data.coder.vocabulary)).eval()
     lines = [dict(model=name, **answer_scores(written(causal_of(m), data.coder, asked, most), items))

@@ -6,6 +6,7 @@
 __all__ = ['LANGUAGE', 'BITS', 'each_once', 'has_bits', 'run_language']
 
 # %% ../../nbs/study/16h_language.ipynb #26c1d6f8
+from dataclasses import replace
 from typing import Any
 
 from ..core.config import RunConfig, as_list, as_typed
@@ -50,12 +51,14 @@ def run_language(
         raise ValueError(f'preset={preset!r}: allowed are auto, {", ".join(LANGUAGE[name].presets)}')
     rows = as_list(methods) or as_list(LANGUAGE[name].presets[chosen]['methods'])
     widths = each_once(bits)  # an error before anything is run
-    if wanted := parse_fields(options.get('fields') or '').get('bits'):
-        raise ValueError(f'fields: bits is a parameter of its own, say bits={wanted}')
+    parse_fields(options.get('fields') or '', taken=('bits', 'methods', 'preset', 'name'))
     load_plugins(options.get('plugins') or '')  # recipes of one's own
-    found = {}
+    if own := [m for m in rows if 'bits' in RECIPES.get(m, {})]:
+        raise ValueError(f'methods={own[0]}: it has bits of its own, whatever the parameter says')
+    found, declared = {}, as_list(LANGUAGE[name].presets[chosen]['methods'])
     for n, b in enumerate(widths):
-        some = [m for m in rows if has_bits(m) or not n]
-        point = dict(bits=float(b), methods=','.join(some))
+        some, whole = ([m for m in ms if has_bits(m) or not n] for ms in (rows, declared))
+        point = dict(bits=float(b), methods=','.join(whole))
         if some: found[b] = run_experiment(name, chosen, methods=some, bits=b, point=point, **options)
-    return found
+    declared_all = widths == each_once('') and all(o.declared for o in found.values())
+    return {b: replace(o, declared=declared_all) for b, o in found.items()}

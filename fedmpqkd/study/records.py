@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from ..core.config import RunConfig, algorithm_version, config_from
 from ..core.journal import Damaged, read_record
-from ..core.record import Record, lacking
+from ..core.record import Record, require_whole
 from ..federation.methods import EQUAL_BYTES, difference
 from ..models.vision import IMAGE
 
@@ -22,9 +22,7 @@ from ..models.vision import IMAGE
 def _read(path: Path) -> Record:
     "One record, or an error that names the file."
     record = cast(Record, read_record(path))
-    if lost := lacking(record):
-        raise Damaged(f'{path}: it has no {", ".join(lost)}; restore the file, or delete it to '
-                      'compute the run again')
+    require_whole(record, path)
     return record
 
 def config_of(

@@ -461,7 +461,10 @@ def check_budget(
     code: BudgetCode,  # what was agreed
     entries: Mapping[str, Entry],  # coded tensors of a decoded message
 ) -> None:
-    "Refuse an update that is longer than agreed, or of other classes."
+    "Refuse an update that is longer than agreed, or of other classes, or of another rank."
+    for name, e in entries.items() if code.kind == 'low-rank' else ():
+        if isinstance(e, LowRank) and e.left.shape[-1] != code.rank:
+            raise WireError(f'{name}: of rank {e.left.shape[-1]}, where {code.rank} was agreed')
     if code.kind != 'mixed': return
     for name, e in entries.items():
         if not isinstance(e, Mixed):

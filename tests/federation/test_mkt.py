@@ -539,3 +539,21 @@ def test_chat_without_a_template_or_with_losses_over_prompts_is_refused(facts):
         parties(facts, MktConfig(**FEW, chat=True))
     with pytest.raises(ValueError, match="losses over prompts"):
         MktConfig(chat=True, compat="official")
+
+
+def test_participants_with_one_base_share_it_on_their_device_too():
+    "On a device without data, since there may be no other one here."
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fedmpqkd.models.lora import adapted
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+    two = [adapted(base, 2, targets="", seed=n) for n in range(2)]
+    mkt.move_together(two, torch.device("meta"))
+
+    def places(model, trained):
+        return [p.untyped_storage()._cdata for p in model.held.parameters() if p.requires_grad == trained]
+    assert all(p.is_meta for m in two for p in m.held.parameters())
+    assert len(places(two[0], False)) > 5 and places(two[0], False) == places(two[1], False)
+    assert not set(places(two[0], True)) & set(places(two[1], True))
+    assert not any(p.is_meta for p in base.parameters())

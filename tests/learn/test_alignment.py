@@ -301,3 +301,11 @@ def test_without_the_extra_one_line_names_it(monkeypatch: pytest.MonkeyPatch):
     a = Vocabulary.of(["cat", "dog"], "plain")
     spans = np.array([[0, 3]])
     assert align([0], [0], a, a, (spans, spans), "offset").source.tolist() == [0]  # needs no distances
+
+
+def test_first_partners_are_found_without_a_table_of_all_pairs():
+    "Against the definition: an entry counts if it has a partner that no earlier entry of its row has."
+    from fedmpqkd.learn.alignment import _first_of_each
+    index = torch.randint(-1, 6, (50, 9), generator=torch.Generator().manual_seed(0))
+    wanted = [[v >= 0 and v not in row[:n] for n, v in enumerate(row)] for row in index.tolist()]
+    assert _first_of_each(index).tolist() == wanted

@@ -451,3 +451,17 @@ def test_what_stands_behind_a_gap_sees_what_stands_before_it(plain_head):
     assert (moved[0, 1:] > 0.01).all() and moved[0, 0] == 0 and moved[1, 2] > 0.01
     assert (usual - later)[0, :4].abs().max() == 0
     assert torch.allclose(usual[1, :3], alone[0], atol=1e-5)
+
+
+def test_a_template_that_begins_with_bos_gets_no_second_one():
+    "As those of Llama and Mistral do."
+    from tokenizers import AddedToken
+
+    from fedmpqkd.data.text import tokenise
+    from fedmpqkd.models.language import trained_coder
+    inner = trained_coder("unigram:60", ["a small text about nothing at all", "and one more"]).inner
+    inner.add_special_tokens([AddedToken("<bos>", special=True)])
+    bos = inner.token_to_id("<bos>")
+    both = [tokenise([(prompt, " more")], inner, 40, bos=bos) for prompt in ("a text", "<bos>a text")]
+    rows = [batch.ids[0].tolist() for batch in both]
+    assert [row.count(bos) for row in rows] == [1, 1] and all(row[0] == bos for row in rows)

@@ -12,7 +12,7 @@ def run(method: str, seed: int, bits: list[float], optimizer: str = "adamw", sha
     uplink = "model" if method == "fedavg" else "mixed"
     config = dict(method=method, seed=seed, optimizer=optimizer, uplink=uplink, update_share=share,
                   partition=split, dirichlet=0.1, model="smollm2-135m", tokenizer="own",
-                  lora_rank=8) | changed
+                  update="fp32", lora_rank=8) | changed
     curve = [dict(round=n, bits_per_byte=b, bytes_up=250_000) for n, b in enumerate(bits, 1)]
     for line in curve: line.update(bytes_down=10 ** 6, arrived=5, sampled=5)
     return dict(config=config, curve=curve, environment=dict(device="a CPU"))
@@ -67,6 +67,8 @@ def test_what_else_is_changed_about_a_recipe_has_a_row_of_its_own():
     records = [run("fedavg-fstq", 0, [9, 4]), run("fedavg-fstq", 0, [9, 3], lora_train="B"),
                run("fedavg", 0, [9, 2], aggregate="lora-product"),
                run("fedavg-fstq", 0, [9, 5], token_select="random", token_mode="input_drop")]
-    assert fstq_table(records).method.tolist() == [
-        "fedavg-fstq", "fedavg-fstq (B alone)", "fedavg-fstq (random, input_drop)",
+    table = fstq_table(records)
+    assert table.method.tolist() == [
+        "fedavg-fstq", "fedavg-fstq (random, input_drop)", "fedavg-fstq (B alone)",
         "fedavg (mean of products)"]
+    assert table["budget %"].tolist() == [2, 2, 25, 100]  # one factor stands at its bytes: 50 of 200 kB

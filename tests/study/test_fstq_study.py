@@ -142,3 +142,92 @@ def test_shorter_prompts_are_shown_next_to_their_own_model_only(outcome):
 def test_paper_is_a_configuration():
     runs = runs_of("paper")
     assert {c.model for c in runs} == {"meta-llama/Meta-Llama-3-8B"} and {c.clients for c in runs} == {100}
+
+
+def test_runs_of_another_setting_are_no_further_seeds(outcome):
+    "A seed with another rate, or another number of rounds, would be averaged with the declared ones."
+    one = next(r for r in outcome.records if r["config"]["method"] == "fedavg-fstq")
+    for field, value in (("lr", 9.0), ("rounds", 1), ("batch_size", 8)):
+        other = one | dict(config=one["config"] | {"seed": 5, field: value})
+        for told in (fstq_table, fstq_pairs, fstq_curves, fstq_rounds):
+            with pytest.raises(ValueError, match=f"differ in {field}: compare records of one setting"):
+                told([*outcome.records, other])
+    further = one | dict(config=one["config"] | dict(seed=5))
+    assert fstq_table([*outcome.records, further]).n.max() == 2
+    elsewhere = further | dict(data=one["data"] | dict(fingerprint="other"))
+    with pytest.raises(ValueError, match="differ in their data"): fstq_table([*outcome.records, elsewhere])
+
+
+@pytest.mark.parametrize("how, say", [
+    (dict(methods="fedpaq-ef", budgets="0.05"), "nothing to run, since QSGD needs two bits an entry"),
+    (dict(methods="qat-uniform-fstq"), "name fedavg, too")])
+def test_what_cannot_be_played_or_compared_is_said_first(how, say, tmp_path):
+    with pytest.raises(ValueError, match=say): run_fstq("smoke", seeds=0, results_dir=str(tmp_path), **how)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_parameter_among_the_fields_is_named(tmp_path):
+    with pytest.raises(ValueError, match="^fields: seeds is a parameter of its own, say seeds=3$"):
+        run_fstq("smoke", results_dir=str(tmp_path), fields="seeds=3")
+
+
+def test_selections_are_of_fisher_whatever_the_order_of_methods():
+    some = runs_of("smoke", methods="fedavg-magnitude,fedavg-fstq", selections="random", seeds=0)
+    assert {c.method for c in some if c.token_select != "none"} == {"fedavg-fstq"}
+
+
+def test_one_factor_alone_has_the_bytes_of_both():
+    "SmolLM2's B: (576 + 192) * 8 of (576 * 2 + 576 + 192) * 8 entries of a layer: 6,144 of 15,360."
+    alone, = (c for c in runs_of("study-labels", methods="fedavg-fstq", seeds=0) if c.lora_train == "B")
+    both = next(c for c in runs_of("study-labels", methods="fedavg-fstq", seeds=0))
+    assert int(4 * 30 * 6144 * alone.update_share) == int(4 * 30 * 15360 * both.update_share) == 36864
+
+
+def test_every_row_has_a_budget_a_figure_and_its_share_of_fp32(tmp_path):
+    "Rows that no figure knows by a shorter name, with nobody answering, quantised, with percentiles."
+    rows = "fedavg,qat-uniform,qat-uniform-fstq,fedavg-fstq-paper"
+    found = run_fstq("smoke", "0.1", "adamw", rows, 0, results_dir=str(tmp_path), workers=1,
+                     fields="rounds=1")
+    table = fstq_table(found.records).set_index("method")
+    whole = table.kB["fedavg"]
+    shares = {m: 100 * kb / whole for m, kb in table.kB.items()}
+    assert table["sent %"].to_dict() == pytest.approx(shares, rel=1e-2)
+    assert table["sent %"]["qat-uniform"] < 30 and (table["budget %"] > 1).all()
+    for methods, fields in (("fedprox", "rounds=1"), ("fedavg", "rounds=1,dropout=1"),
+                            ("fedavg", "rounds=1,partition=dirichlet,dirichlet=inf")):
+        found = run_fstq("smoke", "0.1", "adamw", methods, 0, results_dir=str(tmp_path), workers=1,
+                         fields=fields)
+        found.root = tmp_path
+        assert len(write_fstq(found)) == 2
+
+
+def test_options_have_no_shorter_prompts_and_no_written_answers(tmp_path):
+    from fedmpqkd.study.fstq import shorter_prompts, written_answers
+    found = run_fstq("smoke", "0.1", "adamw", "fedavg", 0, results_dir=str(tmp_path), workers=1,
+                     fields="rounds=1,text_kind=class")
+    c, = runs_of("smoke", "0.1", "adamw", "fedavg", 0, rounds=1, text_kind="class")
+    for measure in (shorter_prompts, written_answers):
+        with pytest.raises(ValueError, match="answers are asked for, not options"):
+            measure(c, str(found.folder.relative_to(tmp_path)), tmp_path)
+
+
+def test_a_damaged_measurement_of_prompts_is_named(outcome, tmp_path):
+    from fedmpqkd.core.journal import Damaged
+    from fedmpqkd.report.fstq import prompt_lines
+    (tmp_path / "exp7").mkdir()
+    (tmp_path / "exp7" / "reduction.json").write_text("{}")
+    with pytest.raises(Damaged, match="no dataset, lines, model, texts"):
+        prompt_lines(tmp_path, outcome.records)
+
+
+@pytest.mark.parametrize("part", ["curve", "environment"])
+def test_a_record_that_lacks_a_part_is_named(part, tmp_path):
+    import json
+
+    from fedmpqkd.core.journal import Damaged
+    how = dict(methods="fedavg", seeds=0, results_dir=str(tmp_path), workers=1, fields="rounds=1")
+    run_fstq("smoke", "0.1", "adamw", **how)
+    path, = tmp_path.rglob("fedavg_seed=0_*.json")
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != part}))
+    with pytest.raises(Damaged, match=f"{path.name}: it has no {part}"):
+        run_fstq("smoke", "0.1", "adamw", **how)

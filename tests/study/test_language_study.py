@@ -116,3 +116,25 @@ def test_methods_in_full_precision_are_run_once_and_have_no_bits(tmp_path):
     stored = stored_language("exp5", "smoke", tmp_path)
     assert {b: {r["id"] for r in some} for b, some in stored.items()} == {
         b: {r["id"] for r in some} for b, some in records.items()}
+
+
+@pytest.mark.parametrize("how", [dict(bits="4"), dict(bits="3"), dict(methods="fedavg,qat-uniform")])
+def test_a_part_of_experiment_5_is_not_the_declared_study(how, monkeypatch):
+    "Its tables would replace the paper's, with a smaller family of tests."
+    from fedmpqkd.study import experiments
+    monkeypatch.setattr(experiments, "run_sweep", lambda jobs, executor=None: [])
+    whole = run_language("exp5", "study", device="cpu")
+    assert [o.declared for o in whole.values()] == [True, True]
+    assert not any(o.declared for o in run_language("exp5", "study", device="cpu", **how).values())
+
+
+def test_recipes_with_bits_of_their_own_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="^methods=fedmpq-ternary: it has bits of its own"):
+        run_language("exp5", "smoke", "4", "fedmpq-ternary", results_dir=str(tmp_path))
+
+
+def test_parameters_of_experiment_6_are_no_fields(tmp_path, capsys):
+    with pytest.raises(ValueError, match="^fields: methods is a parameter of its own, say methods=fedmkt$"):
+        run_mkt("smoke", results_dir=str(tmp_path), fields="methods=fedmkt")
+    configs = plan_mkt("smoke", "standalone", 0, clients="gpt-tiny/byte-bpe:300*2", average=True)
+    assert not configs[0].average  # with it, it would be fedavg

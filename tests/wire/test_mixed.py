@@ -311,3 +311,13 @@ def test_an_adapter_of_460800_entries_is_quick(share):
         compressor.expand(decode(data, manifest).entries)
         seconds.append(time.process_time() - start)
     assert min(seconds) < .6, seconds  # about .1 s of processor time; CI's machines are slower and shared
+
+
+@pytest.mark.parametrize("rank", [2, 10])
+def test_an_update_of_another_rank_than_agreed_is_refused(rank):
+    "It would be longer than agreed; and a smaller rank is not what was agreed, either."
+    low = BudgetCompressor(BudgetCode("low-rank", rank=3, error_feedback=False))
+    sent = LowRank(torch.ones(16, rank).half(), torch.ones(32, rank).half(), 1.0, (16, 32))
+    with pytest.raises(WireError, match=f"w: of rank {rank}, where 3 was agreed"): low.expand({"w": sent})
+    agreed = LowRank(torch.ones(16, 3).half(), torch.ones(32, 3).half(), 1.0, (16, 32))
+    assert low.expand({"w": agreed})["w"].shape == (16, 32)
