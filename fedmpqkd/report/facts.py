@@ -29,6 +29,7 @@ from ..models.vision import build_model, quantized_names
 from .captions import caption, hardware, robustness_caption
 from .claims import PAPER, beside_the_paper
 from fedmpqkd.report.evidence import (
+    EQUIVALENT,
     MARGIN,
     PAIRS,
     Runs,
@@ -293,7 +294,7 @@ def compared(study: Study) -> pd.DataFrame:
 
 def verdict_text(row: Any) -> str:
     "What a comparison decides, in words."
-    if row.verdict == 'equivalent': return f'no difference of {MARGIN:g} point: equivalent'
+    if row.verdict == EQUIVALENT: return f'no difference of {MARGIN:g} point: equivalent'
     if row.verdict != 'undecided': return str(row.verdict).replace(' higher', ' is higher')
     if row.n < 2: return 'one pair, no test: undecided'
     if row.n >= 5: return f'undecided; {row.detectable:.1f} points could have been found'
@@ -312,7 +313,7 @@ def pair_facts(study: Study) -> Facts:
             p=f'{row.p:.2g}', p_holm=f'{row.p_holm:.2g}', sign_flip=f'{row.sign_flip_p:.2g}')
         if row.n < 2: tests = dict.fromkeys(tests, '-')
         said = dict(n=str(row.n), difference=f'{row.difference:+.2f}', verdict=verdict_text(row)) | tests
-        decided = row.verdict if row.verdict in ('undecided', 'equivalent') else 'decided'
+        decided = row.verdict if row.verdict in ('undecided', EQUIVALENT) else 'decided'
         said['brief'] = f'{said["difference"]} points ({said["interval"]}; {decided})'
         said['sentence'] = (f'{said["difference"]} points (95 % interval {said["interval"]}, n = {row.n}, '
                             f'p = {said["p_holm"]} after Holm; {said["verdict"]})')
@@ -493,7 +494,7 @@ def finding(
     size = f'{abs(row.difference):.2f} points'
     way = 'raises' if row.difference > 0 else 'lowers'
     interval = f'95 % interval {row.ci_low:.2f} to {row.ci_high:.2f}, n = {row.n}'
-    if row.verdict == 'equivalent':
+    if row.verdict == EQUIVALENT:
         text = f'makes no difference of {MARGIN:g} point ({row.difference:+.2f} points, {interval})'
     elif row.verdict != 'undecided': text = f'{way} accuracy by {size} ({interval})'
     elif row.ci_low > 0 or row.ci_high < 0:

@@ -151,13 +151,15 @@ def without_nan(x: Any) -> Any:
 def _played(text: TextData, c: MktConfig, journal: Journal, device: str) -> dict[str, Any]:
     "The record of a run, or of the rest of it; after a round or a test, it says how far it is."
     saved, machine, told = _saved(journal, c, text.fingerprint), environment(device), time.monotonic()
-    before = saved[0] if saved else {}
+    before, began = saved[0] if saved else {}, told
+    seconds = before.get('seconds', 0.0)
     machines = sorted({machine_name(machine), *before.get('machines', ())})
     commits = sorted({commit(), *before.get('commits', ())})
 
     def keep(state: dict[str, Any], curve: list[dict[str, Any]]) -> None:
         nonlocal told
-        kept = dict(data=text.fingerprint, machines=machines, commits=commits)
+        kept = dict(data=text.fingerprint, machines=machines, commits=commits,
+                    seconds=seconds + time.monotonic() - began)
         journal.save(state | kept, without_nan(curve))
         if time.monotonic() - told < 30: return
         tested = [f'{a:.1f}' for a in state['accuracy'] if a is not None]
@@ -168,7 +170,7 @@ def _played(text: TextData, c: MktConfig, journal: Journal, device: str) -> dict
     record = play_mkt(text, c, device, saved, keep)
     if earlier := [m for m in machines if m != machine_name(machine)]: machine['earlier'] = earlier
     last = commit()
-    record |= dict(environment=machine, commit=last)
+    record |= dict(environment=machine, commit=last, seconds=round(seconds + time.monotonic() - began, 1))
     if older := [c for c in commits if c != last]: record['earlier_commits'] = older
     whole: dict[str, Any] = without_nan(record)
     return whole
