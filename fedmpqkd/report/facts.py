@@ -49,7 +49,7 @@ from .mkt import mixed_machines, mkt_pairs, mkt_table
 from .readings import growth, in_settings, planned, pre_declared
 from ..study.axes import axis_points
 from ..study.experiments import CITED, EXPERIMENTS, plan, tuned_values
-from ..study.fstq import PAIR
+from ..study.fstq import PAIR, VARIED, split_of
 from ..study.mkt import CITED_MKT, stored_mkt
 from ..study.records import config_of, load_records, load_stopped
 
@@ -652,6 +652,29 @@ def _control_facts(records: Sequence[Any], study: Study) -> Facts:
     return found
 
 
+def _added_facts(records: Sequence[Any], study: Study) -> Facts:
+    "The pair with the seeds that were added after the others had been seen, alone."
+    seeds = {int(s) for values, _ in VARIED['study'] for s in as_list(values.get('seeds', ''))}
+    more = [r for r in records if r['config']['seed'] in seeds]
+    return {f'{row["optimiser"]}.{row["budget %"]:g}.added': Fact(
+                _brief(row, 'nats a byte', 3), 'paired by seed', study.files(*PAIR))
+            for row in (fstq_pairs(more).to_dict('records') if more else ())}
+
+
+def _label_facts(results: Path) -> Facts:
+    "The same on reviews, at the main split and budget."
+    records = [r for r in load_records(results, 'exp7', 'study-labels')
+               if split_of(r['config']) == 'Dirichlet(0.5)']
+    if not records: return {}
+    study = Study('fstq', 'exp7/study-labels', tuple(records))
+    found = {f'labels.{key}': Fact(_value(records[0]['config'][key]), _SAME, study.files())
+             for key in ('clients', 'dirichlet', 'train_images')}
+    for row in pd.concat([fstq_pairs(records), control_pairs(records)]).to_dict('records'):
+        found[f'labels.{row["b"].removeprefix("fedavg-")}'] = Fact(
+            _brief(row, 'nats a byte', 3), 'paired by seed', study.files(row['a'], row['b']))
+    return found
+
+
 def fstq_facts(
     results: Path,  # results folder
 ) -> Facts:  # empty where nothing has been run
@@ -674,7 +697,7 @@ def fstq_facts(
                      'Holm': f'{row["p"]:.2g}', 'Verdict': row['verdict'].split(' (')[0]})
         brief = _brief(row, 'nats a byte', 3)
         found[f'{at[0]}.{at[1]:g}.brief'] = Fact(brief, 'paired by seed', study.files(row['a'], row['b']))
-    found |= _control_facts(records, study)
+    found |= _control_facts(records, study) | _label_facts(results) | _added_facts(records, study)
     for (optimizer, _, method), row in means.items():
         if method == 'fedavg':
             said = f'{row["nats per byte"]:.3f} (n = {row["n"]})'
