@@ -7,8 +7,8 @@ __all__ = ['Facts', 'NUMBER', 'CONDITIONS', 'CONSTANTS', 'COLUMNS', 'VERSUS', 'M
            'load_study', 'load_small', 'load_axis', 'load_axes', 'by_plan', 'setting_facts', 'method_facts',
            'work_facts', 'compared', 'verdict_text', 'pair_facts', 'table_fact', 'aligned', 'table_facts',
            'study_facts', 'axis_facts', 'growth_facts', 'count', 'verdict_facts', 'finding', 'criteria_facts',
-           'hypothesis_facts', 'language_facts', 'mkt_facts', 'fstq_facts', 'early_facts', 'claim_facts',
-           'published_facts', 'audit_facts', 'deviation_facts', 'all_facts']
+           'hypothesis_facts', 'language_facts', 'mkt_facts', 'fstq_facts', 'adapter_facts', 'early_facts',
+           'claim_facts', 'published_facts', 'audit_facts', 'deviation_facts', 'all_facts']
 
 # %% ../../nbs/report/18a_facts.ipynb #e631875c
 import json
@@ -713,6 +713,26 @@ def fstq_facts(
                     _brief(row, 'points', 2), 'paired by seed', images.files(row['a'], row['b']))
     return {f'fstq.{key}': fact for key, fact in found.items()}
 
+# %% ../../nbs/report/18a_facts.ipynb #b7c1d2e2
+def adapter_facts(
+    results: Path,  # results folder
+) -> Facts:  # empty where nothing has been run
+    "Experiment 5 on ARC-Easy: adapters of few bits, with a teacher and without."
+    records = stored_language('exp5-arc', CITED['exp5-arc'], results)
+    if not records: return {}
+    study = Study('arc', f"exp5-arc/{CITED['exp5-arc']}", tuple(r for some in records.values() for r in some))
+    found = {key: Fact(_value(study.records[0]['config'][key]), _SAME, study.files())
+             for key in ('clients', 'rounds', 'lora_rank', 'train_images', 'test_images')}
+    for row in language_table(records).to_dict('records'):
+        found[f'{row["method"]}.{row["bits"]}.bits'] = Fact(
+            f'{row[_BITS]:.3f}', 'last round, mean over seeds', study.files(row['method']))
+    for row in taught(records).to_dict('records'):
+        bits = row['metric'] == _BITS
+        key = f'{row["a"]}-vs-{row["b"]}.{row["bits"]}.{"bits" if bits else "accuracy"}'
+        found[key] = Fact(_brief(row, _BITS if bits else 'points', 3 if bits else 2), 'paired by seed',
+                          study.files(row['a'], row['b']))
+    return {f'arc.{key}': fact for key, fact in found.items()}
+
 # %% ../../nbs/report/18a_facts.ipynb #a5afa821
 def early_facts(
     results: Path,  # results folder
@@ -862,7 +882,8 @@ def all_facts(
                     for own in (False, True))
     points = list({s.same(): s for s in asked}.values())
     found = claim_facts() | published_facts() | audit_facts() | deviation_facts(root) | early_facts(results)
-    found |= language_facts(results) | growth_facts(axes['clients']) | fstq_facts(results)
+    found |= language_facts(results) | adapter_facts(results) | fstq_facts(results)
+    found |= growth_facts(axes['clients'])
     for preset in CITED_MKT: found |= mkt_facts(results, preset)
     for study in named: found |= study_facts(study)
     for axis, studies in axes.items(): found |= axis_facts(axis, studies)

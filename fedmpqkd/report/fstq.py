@@ -219,7 +219,7 @@ def plot_fstq(
     kinds = list(several[several > 1].index) or list(several.index)  # one row alone compares nothing
     apart = [n for n in (0, 1) if len({kind[n] for kind in kinds}) > 1]
     figure = figure or plt.figure(figsize=(2 + 2.6 * len(kinds), 2.8), layout='constrained')
-    inks = {m: f'C{n}' for n, m in enumerate([*LABELS, *labels])}
+    inks = {m: f'C{n}' for n, m in enumerate(dict.fromkeys([*LABELS, *labels]))}
     for ax, kind in zip(figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0], kinds, strict=True):
         shown = data[(data.optimizer == kind[0]) & (data.split == kind[1])]
         for (method, _), own in shown.groupby(['method', 'budget']):
