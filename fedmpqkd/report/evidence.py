@@ -362,9 +362,7 @@ def _paired(a: pd.Series, b: pd.Series) -> dict[str, Any]:
     found: dict[str, Any] = dict(n=0, difference=math.nan, ci_low=math.nan, ci_high=math.nan, p=math.nan,
                                  sign_flip_p=math.nan)
     x, y = a[seeds].to_numpy(), b[seeds].to_numpy()
-    if seeds:
-        tested = paired_test(x, y)
-        found = {key: tested[key] for key in found}
+    if seeds: found |= {key: value for key, value in paired_test(x, y).items() if key in found}
     found |= dict(equivalence_p=math.nan, detectable=math.nan)
     if len(seeds) > 1:
         spread = float((x - y).std(ddof=1))

@@ -83,9 +83,8 @@ def places(
     "Where each run stands. No two may stand in one place: a mean over seeds would take them for two seeds."
     found, first = dict[tuple[Any, ...], Record](), dict[tuple[Any, ...], Record]()
     for r in records:
-        c = r['config']
-        here = how, split, share, row, seed = (c['optimizer'], split_of(c), budget_of(r, records), row_of(c),
-                                               c['seed'])
+        c, share = r['config'], budget_of(r, records)
+        here = how, split, share, row, seed = c['optimizer'], split_of(c), share, row_of(c), c['seed']
         if here in found:
             apart = _unlike(r, found[here]) or 'nothing'
             raise ValueError(f'two runs of {row}, {how}, {split}, {100 * share:g} %, seed {seed}, '
@@ -307,8 +306,7 @@ def fstq_claims(
     "The ledger, with what was measured."
     ledger, measured, less = fstq_ledger(), dict[str, str](), fstq_traffic(records)
     if len(less): measured['46 times less traffic in all'] = _traffic_words(less)
-    pairs = fstq_pairs(records, 'fedavg-fstq', 'fedavg-topk')
-    if len(pairs):
+    if len(pairs := fstq_pairs(records, 'fedavg-fstq', 'fedavg-topk')):
         measured['magnitude Top-k'] = '; '.join(
             f'{p["budget %"]:g} %: {p.difference:+.3f} nats (n={p.n})' for _, p in pairs.iterrows())
     if some := [line for line in reading if line['rule'] != 'whole']:
