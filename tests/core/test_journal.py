@@ -165,7 +165,8 @@ def test_a_job_of_a_study_clears_up_behind_a_killed_one(tmp_path):
     config = make_config("fedavg", dataset="digits", train_images=40, test_images=20, model="resnet8")
     job = Job(config, str(tmp_path), "group", quiet=True)
     data, journal = open_job(job)
-    journal.finish(dict(id=journal.id, config=plain(config), data=dict(fingerprint=data.fingerprint)))
+    rest = dict(algorithm=1, summary={}, curve=[dict(round=1)], environment={})
+    journal.finish(dict(id=journal.id, config=plain(config), data=dict(fingerprint=data.fingerprint)) | rest)
     with journal.claim(): pass
     assert journal.folder.exists() and run_job(job)["id"] == journal.id and not journal.folder.exists()
 
