@@ -7,7 +7,7 @@ __all__ = ['RoundLine', 'Summary', 'ROUND', 'SUMMARY', 'PARTS', 'DataFacts', 'Re
            'require_whole']
 
 # %% ../../nbs/core/01e_record.ipynb #47440aef
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -143,16 +143,18 @@ PARTS = ('config', 'algorithm', 'data', 'summary', 'curve', 'environment')
 
 def lacking(
     record: Mapping[str, Any],  # as read
+    parts: Sequence[str] = PARTS,  # that it should have
 ) -> list[str]:  # names; empty for a whole record
     "The parts that a record should have and has not; a curve without a round is none."
-    return [part for part in PARTS if part not in record or part == 'curve' and not record[part]]
+    return [part for part in parts if part not in record or part == 'curve' and not record[part]]
 
 
 def require_whole(
     record: Mapping[str, Any],  # as read
     path: Path,  # where
+    parts: Sequence[str] = PARTS,  # that it should have
 ) -> None:
     "Raise `Damaged` if a part is missing."
-    if lost := lacking(record):
+    if lost := lacking(record, parts):
         raise Damaged(f'{path}: it has no {", ".join(lost)}; restore the file, or delete it to '
                       'compute the run again')

@@ -443,7 +443,7 @@ def test_reading_compares_with_uniform_quantisation(uniform: tuple, said: str):
 
 
 def test_reading_says_when_rounding_after_training_is_better():
-    "The model of `record` loses a point by rounding; a fifth method is no worse than the best by more."
+    "`record` loses one point by rounding; the best model of few bits, fedmpq-kd, has 84.7 %."
     plain = rows("fedavg", (86.2, 86.2, 86.2))
     assert "`fedavg`, rounded after training" in captions.reading(THREE + plain)  # 85.2 over 84.7
     assert "rounded after training" not in captions.reading(THREE + rows("fedavg", (85.2, 85.2, 85.2)))

@@ -133,7 +133,7 @@ def test_recipes_with_bits_of_their_own_are_refused(tmp_path):
         run_language("exp5", "smoke", "4", "fedmpq-ternary", results_dir=str(tmp_path))
 
 
-def test_parameters_of_experiment_6_are_no_fields(tmp_path, capsys):
+def test_parameters_of_experiment_6_are_no_fields(tmp_path):
     with pytest.raises(ValueError, match="^fields: methods is a parameter of its own, say methods=fedmkt$"):
         run_mkt("smoke", results_dir=str(tmp_path), fields="methods=fedmkt")
     configs = plan_mkt("smoke", "standalone", 0, clients="gpt-tiny/byte-bpe:300*2", average=True)
