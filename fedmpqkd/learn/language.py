@@ -187,9 +187,11 @@ def _options(items: Sequence[Item], coder: TextCoder, kind: str, context: int) -
 
 
 def _grouped(items: Sequence[Item], kind: str) -> tuple[Tensor, tuple[str, ...]]:
-    "What a partition looks at: the class, else the group, else the place of the right option."
+    "What a partition looks at: the group, else the class, else the place of the right option."
     labels, names = natural_labels(items)
-    if kind == 'class': return torch.tensor([i.label for i in items]), items[0].options
+    words = {option.strip() for option in items[0].options}
+    if kind == 'class' and (len(names) == 1 or words == {*names}):
+        return torch.tensor([i.label for i in items]), items[0].options
     if len(names) > 1 or kind != 'choice': return torch.from_numpy(labels), names
     places = tuple(str(n) for n in range(max(len(i.options) for i in items)))
     return torch.tensor([i.label for i in items]), places

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'EmbeddingGradients', 'TokenTable', 'chosen_tokens', 'trained_labels', 'shortened_texts', 'answering',
-           'kept_tokens', 'Chosen', 'TokenSelection']
+           'kept_tokens', 'Chosen', 'TokenSelection', 'read_share']
 
 # %% ../../nbs/learn/09k_sensitivity.ipynb #ef47fd22
 import math
@@ -218,3 +218,14 @@ class TokenSelection:
             scores = seen.sensitivity(int((labels != IGNORED).sum()))
             if torch.isfinite(scores[real]).all(): self.table.add(unmarked(x)[0], scores, real)
         self.steps += 1
+
+# %% ../../nbs/learn/09k_sensitivity.ipynb #r3ad0002
+def read_share(
+    x: Tensor,  # int64 [N, T], from `models.language.marked`: what a client trains on
+    config: RunConfig,  # token_share, token_refresh, batch_size
+) -> float:  # in (0, 1]
+    "What an epoch reads of its tokens where prompts are shortened."
+    kept = kept_tokens(x, config.token_share, 'last', TokenTable(1), torch.Generator())
+    steps = math.ceil(len(x) / config.batch_size)
+    whole = math.ceil(steps / config.token_refresh) / steps
+    return whole + (1 - whole) * int(kept.sum()) / int(trimmed_lengths(x).sum())

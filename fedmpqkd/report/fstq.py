@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from statistics import mean
+from statistics import mean, mode
 from typing import Any
 
 import pandas as pd
@@ -61,7 +61,10 @@ def budget_of(
     return min(fits) if fits else round(sent_by(record)['up'] / whole_bytes([record, *records]), 3)
 
 # %% ../../nbs/report/17h_fstq.ipynb #155d1194
-_SETTING = tuple(name for name in SETTING if name not in ('partition', 'dirichlet'))  # those are places
+PLACE = ['optimizer', 'split', 'budget']  # at which rows are compared
+_SHOWN = dict(optimizer='optimiser', budget='budget %')
+_SETTING = tuple(name for name in SETTING if name not in (
+    'partition', 'dirichlet', 'rounds'))  # those are places, and rounds are in a row's name
 
 
 def _unlike(
@@ -80,9 +83,10 @@ def places(
 ) -> list[dict[str, Any]]:  # optimizer, split, budget, method, seed of each
     "Where each run stands. No two may stand in one place: a mean over seeds would take them for two seeds."
     found, first = dict[tuple[Any, ...], Record](), dict[tuple[Any, ...], Record]()
+    usual = mode(r['config']['rounds'] for r in records) if records else 0
     for r in records:
         c, share = r['config'], budget_of(r, records)
-        here = how, split, share, row, seed = c['optimizer'], split_of(c), share, row_of(c), c['seed']
+        here = how, split, share, row, seed = c['optimizer'], split_of(c), share, row_of(c, usual), c['seed']
         if here in found:
             apart = _unlike(r, found[here]) or 'nothing'
             raise ValueError(f'two runs of {row}, {how}, {split}, {100 * share:g} %, seed {seed}, '
@@ -93,9 +97,6 @@ def places(
         found[here] = r
     return [dict(zip((*PLACE, 'method', 'seed'), here, strict=True)) for here in found]
 
-
-PLACE = ['optimizer', 'split', 'budget']  # at which rows are compared
-_SHOWN = dict(optimizer='optimiser', budget='budget %')
 
 
 def _told(
@@ -173,11 +174,12 @@ def token_pairs(
     records: Sequence[Record],
     method: str = 'fedavg-fstq',
 ) -> list[pd.DataFrame]:  # one for each comparison that was run
-    "Sensitive tokens against random ones, and against all: of the labels, or of the prompts."
-    found = []
-    for mode in ('', ', input_drop'):
-        best, chance = (f'{method} ({how}{mode})' for how in ('sensitivity', 'random'))
-        found += [fstq_pairs(records, best, other) for other in (chance, method)]
+    "Sensitive tokens against random ones, and both against all: of the labels, or of the prompts."
+    begin, found = f'{method} (sensitivity', []
+    for row in dict.fromkeys(where['method'] for where in places(records)):
+        if row.startswith(begin):
+            chance = f'{method} (random{row.removeprefix(begin)}'
+            found += [fstq_pairs(records, a, b) for a, b in ((row, chance), (row, method), (chance, method))]
     return [f for f in found if len(f)]
 
 # %% ../../nbs/report/17h_fstq.ipynb #4a6f0f55

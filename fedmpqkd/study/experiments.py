@@ -151,7 +151,10 @@ EXP7 = Experiment(
              dataset='rotten_tomatoes', text_groups='', partition='dirichlet', train_images=128,
              test_images=100, batch_size=8, precision='fp32', seeds='0,1,2',
              methods='fedavg,fedavg-fstq,fedavg-magnitude,fedavg-random,fedavg-topk,fedavg-oracle,'
-                     'fedavg-adam-v,fedavg-powersgd')},
+                     'fedavg-adam-v,fedavg-powersgd'),
+            'study-medical': dict(
+             dataset='pubmedqa-long', text_groups='', context=448, train_images=80, test_images=40,
+             precision='fp32', methods='fedavg,fedavg-fstq,fedavg-magnitude', seeds='0,1,2')},
          paper=dict(model='meta-llama/Meta-Llama-3-8B', context=1024, lora_rank=16, lora_alpha=32.0,
                     clients=100, partition='dirichlet', dirichlet=0.1, participation=0.1, batch_size=8,
                     lr=0.0002, rounds=50, methods=_CODED, seeds='0,1,2,3,4')))

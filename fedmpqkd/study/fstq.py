@@ -43,7 +43,7 @@ def qsgd_bits(
     return min(bits, 8) if bits >= 2 else 0
 
 # %% ../../nbs/study/16j_fstq.ipynb #99c86db0
-# long: four presets
+# long: five presets
 RATES = {'adamw': 1.0, 'sgd': 50.0}  # times the experiment's own rate
 PAIR = ('fedavg-fstq', 'fedavg-magnitude')
 _BOTH, _WIDE = ','.join(RATES), '0.02,0.01,0.05,0.2'
@@ -52,16 +52,21 @@ SWEEPS = {  # selections are of tokens, besides all; behind a colon what for, se
     'study': dict(budgets=_WIDE, optimizers=_BOTH, selections=''),
     'study-labels': dict(budgets='0.02', optimizers='adamw',
                          selections='sensitivity:input_drop,random:input_drop'),
+    'study-medical': dict(budgets='0.02', optimizers='adamw', selections=''),
     'paper': dict(budgets=_WIDE, optimizers=_BOTH, selections='sensitivity,random,sensitivity:input_drop,'
                                                               'random:input_drop,sensitivity:fisher_only')}
-CITED_FSTQ = ('study', 'study-labels')  # what is evidence
+CITED_FSTQ = ('study', 'study-labels', 'study-medical')  # what is evidence
 _THREE = ('fedavg', *PAIR)
+_SHORT = dict(token_mode='input_drop', rounds=4)  # as much reading as three rounds of whole prompts
 VARIED: dict[str, tuple[tuple[dict[str, Any], tuple[str, ...]], ...]] = {  # at the main budget, by rows
     'study': ((dict(seeds='3,4'), PAIR),),
     'study-labels': (
         (dict(dirichlet=0.1), _THREE), (dict(partition='iid'), _THREE),
         (dict(lora_train='B', update_share=0.05), ('fedavg', 'fedavg-fstq')),
-        (dict(aggregate='lora-product'), ('fedavg',)))}
+        (dict(aggregate='lora-product'), ('fedavg',)),
+        (_SHORT | dict(token_select='sensitivity'), PAIR[:1]),
+        (_SHORT | dict(token_select='random'), PAIR[:1]),
+        (dict(optimizer='sgd', lr=0.02), _THREE))}
 
 # %% ../../nbs/study/16j_fstq.ipynb #99c86db2
 # long: the points, in their order
@@ -93,7 +98,7 @@ def points(
 
 # %% ../../nbs/study/16j_fstq.ipynb #9dba2c8c
 def configs_of(
-    preset: str,  # smoke, study, study-labels or paper
+    preset: str,  # smoke, study, study-labels, study-medical or paper
     point: dict[str, Any],  # of `points`
     seeds: Any = '',  # '' for the point's or the preset's
     **fields: Any,  # further configuration values
@@ -101,7 +106,7 @@ def configs_of(
     "The runs of a point."
     experiment = EXPERIMENTS['exp7']
     rate = (experiment.fields | experiment.presets[preset])['lr'] * RATES[point['optimizer']]
-    values = {k: v for k, v in point.items() if k not in ('methods', 'seeds')} | dict(lr=rate) | fields
+    values = dict(lr=rate) | {k: v for k, v in point.items() if k not in ('methods', 'seeds')} | fields
     bits = qsgd_bits(point['update_share'])
     own = {m: values | (dict(update_bits=bits) if m == 'fedpaq-ef' else {}) for m in point['methods']}
     numbers = seeds if as_list(seeds) else point.get('seeds', '')
@@ -131,7 +136,7 @@ def refuse_own(
 # %% ../../nbs/study/16j_fstq.ipynb #756e00c4
 # long: what is refused, then the runs
 def runs_of(
-    preset: str,  # smoke, study, study-labels or paper
+    preset: str,  # smoke, study, study-labels, study-medical or paper
     budgets: Any = '',  # shares of fp32, separated by commas; '' for the preset's
     optimizers: Any = '',  # the main one first; '' for the preset's
     methods: Any = '',  # recipes; '' for the preset's
@@ -172,11 +177,16 @@ def _changes(c: Mapping[str, Any]) -> list[str]:
     return [*said, 'mean of products'] if c.get('aggregate') == 'lora-product' else said
 
 
+def _counted(rounds: int) -> str: return f'{rounds} round{"s" if rounds > 1 else ""}'
+
+
 def row_of(
     c: Mapping[str, Any],  # values of a configuration
+    rounds: int = 0,  # what its study usually takes; 0: not known
 ) -> str:  # 'fedavg-fstq'; 'fedavg-fstq (random)' where labels were left out at random
     "The recipe, and what else is changed about it."
-    return f'{c["method"]} ({", ".join(said)})' if (said := _changes(c)) else str(c['method'])
+    said = _changes(c) + ([_counted(c['rounds'])] if rounds not in (0, c['rounds']) else [])
+    return f'{c["method"]} ({", ".join(said)})' if said else str(c['method'])
 
 
 def split_of(
@@ -195,7 +205,7 @@ def _point_of(c: RunConfig) -> str:
 # %% ../../nbs/study/16j_fstq.ipynb #cbc53806
 # long: the parameters of the notebook, one a line
 def run_fstq(
-    preset: str = 'smoke',  # smoke, study, study-labels or paper
+    preset: str = 'smoke',  # smoke, study, study-labels, study-medical or paper
     budgets: Any = '',  # shares of fp32, separated by commas; '' for the preset's
     optimizers: Any = '',  # adamw, sgd; '' for the preset's
     methods: Any = '',  # recipes; '' for the preset's

@@ -31,6 +31,7 @@ from fedmpqkd.data.text import (
     speeches,
     target_pairs,
     text_folder,
+    texts_at_hand,
     tokenise,
 )
 
@@ -63,6 +64,31 @@ ROWS = {
                 "answers": {"text": ["Ann"], "answer_start": [0]}}], "answer", " Ann"),
     "plain": ([{"text": "It rains."}], "text", "It rains."),
 }
+
+
+LONG = {"question": "q?", "context": {"contexts": ["c1", "c2"], "meshes": ["Humans", "Lung Neoplasms"]},
+        "final_decision": "maybe", "long_answer": "It may."}
+
+
+def test_an_article_has_two_readings_and_a_topic(tmp_path: Path):
+    rows = [LONG, LONG | dict(context=LONG["context"] | dict(meshes=["Humans"]))]
+    for part in ("train", "test"): write(tmp_path / "pubmedqa", part, rows)
+    short, long = (load_text(name, tmp_path) for name in ("pubmedqa", "pubmedqa-long"))
+    assert (short.kind, long.kind) == ("class", "answer")
+    assert short.train[0].prompt == "c1\nc2\nq?\nLabel:" and short.train[0].target == " maybe"
+    assert long.train[0].prompt == "c1\nc2\nQuestion: q?\nAnswer:" and long.train[0].target == " It may."
+    for data in (short, long): assert [i.group for i in data.train] == ["cancer", "other"]
+    assert texts_at_hand(tmp_path) == ["pubmedqa", "pubmedqa-long"]
+
+
+def test_long_answers_that_are_not_there_are_told(tmp_path: Path):
+    rows, _, _ = ROWS["pubmedqa"]
+    for part in ("train", "test"): write(tmp_path / "pubmedqa", part, rows)
+    with pytest.raises(DamagedData, match="train.parquet: pubmedqa-long needs a column long_answer"):
+        load_text("pubmedqa-long", tmp_path)
+    for part in ("train", "test"): write(tmp_path / "pubmedqa", part, [LONG | dict(long_answer=None)])
+    with pytest.raises(DamagedData, match="train.parquet row 0: an answer is None"):
+        load_text("pubmedqa-long", tmp_path)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -465,3 +465,15 @@ def test_a_template_that_begins_with_bos_gets_no_second_one():
     both = [tokenise([(prompt, " more")], inner, 40, bos=bos) for prompt in ("a text", "<bos>a text")]
     rows = [batch.ids[0].tolist() for batch in both]
     assert [row.count(bos) for row in rows] == [1, 1] and all(row[0] == bos for row in rows)
+
+
+def test_classes_of_articles_are_spread_by_their_topics():
+    "A label says nothing about who holds a text where there are topics; where topics are the labels it does."
+    def groups(topics: str) -> tuple[str, ...]:
+        items = tuple(Item(f"article {n}", (" yes", " no"), n % 2, group=topic)
+                      for n, topic in enumerate(topics.split()))
+        c = make_config("fedavg", dataset="almanac", text_kind="class", model="gpt-tiny",
+                        tokenizer="byte-bpe:300")
+        return language_data(TextData("own", "class", items, items[:1]), c).groups
+    assert groups("a b c a b c") == ("a", "b", "c")
+    assert groups("yes no yes no") == groups("a a a a") == (" yes", " no")

@@ -50,7 +50,7 @@ def test_what_points_differ_in_is_no_field(field, say, tmp_path):
 
 
 @pytest.mark.parametrize("field", [
-    "dirichlet=0.3", "partition=iid", "lora_train=B", "aggregate=lora-product"])
+    "dirichlet=0.3", "partition=iid", "lora_train=B", "aggregate=lora-product", "rounds=2", "lr=0.1"])
 def test_what_is_changed_in_one_preset_is_no_field_there(field, tmp_path):
     name = field.partition("=")[0]
     with pytest.raises(ValueError, match=f"^fields: {name} is what points of study-labels differ in$"):
@@ -117,7 +117,7 @@ def test_tables(outcome, tmp_path, monkeypatch):
     table, both = fstq_table(outcome.records), fstq_pairs(outcome.records)
     assert table["nats per byte"].between(1, 8).all() and len(table) == 14
     assert both.n.tolist() == [1, 1, 1] and math.isnan(both.ci_low[0])
-    assert [pair.n.tolist() for pair in token_pairs(outcome.records)] == [[1], [1]]
+    assert [pair.n.tolist() for pair in token_pairs(outcome.records)] == [[1], [1], [1]]
     assert (fstq_claims(outcome.records).measured != "").sum() == 2
     assert not outcome.declared
     outcome.root = tmp_path
@@ -145,15 +145,17 @@ def test_paper_is_a_configuration():
 
 
 def test_runs_of_another_setting_are_no_further_seeds(outcome):
-    "A seed with another rate, or another number of rounds, would be averaged with the declared ones."
+    "A seed with another rate would be averaged with the declared ones; other rounds make another row."
     one = next(r for r in outcome.records if r["config"]["method"] == "fedavg-fstq")
-    for field, value in (("lr", 9.0), ("rounds", 1), ("batch_size", 8)):
+    for field, value in (("lr", 9.0), ("batch_size", 8)):
         other = one | dict(config=one["config"] | {"seed": 5, field: value})
         for told in (fstq_table, fstq_pairs, fstq_curves, fstq_rounds):
             with pytest.raises(ValueError, match=f"differ in {field}: compare records of one setting"):
                 told([*outcome.records, other])
     further = one | dict(config=one["config"] | dict(seed=5))
     assert fstq_table([*outcome.records, further]).n.max() == 2
+    longer = fstq_table([*outcome.records, one | dict(config=one["config"] | dict(seed=5, rounds=1))])
+    assert longer.n.max() == 1 and (longer.method == "fedavg-fstq (1 round)").sum() == 1
     elsewhere = further | dict(data=one["data"] | dict(fingerprint="other"))
     with pytest.raises(ValueError, match="differ in their data"): fstq_table([*outcome.records, elsewhere])
 
