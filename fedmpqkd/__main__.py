@@ -96,7 +96,7 @@ NOTEBOOKS: dict[str, dict[str, str]] = dict(  # options of their own: the parame
                           methods='public-ce,fedmkt, ...',
                           fields='any fields of FedMKT in one word: lr=0.001,weight=0.5'),
     exp7=_NOTEBOOK | dict(
-        preset='smoke, study, study-labels or paper', methods=EXPERIMENT['methods'],
+        preset='smoke, study, study-labels, study-medical or paper', methods=EXPERIMENT['methods'],
         budgets='shares of fp32, with commas',
         optimizers='adamw, sgd; those of the preset where nothing is said',
         selections='of tokens: sensitivity, random:input_drop, ...'))

@@ -11,6 +11,7 @@ __all__ = ['Facts', 'NUMBER', 'CONDITIONS', 'CONSTANTS', 'COLUMNS', 'VERSUS', 'M
            'claim_facts', 'published_facts', 'audit_facts', 'deviation_facts', 'all_facts']
 
 # %% ../../nbs/report/18a_facts.ipynb #e631875c
+import dataclasses
 import json
 import math
 import re
@@ -42,14 +43,23 @@ from fedmpqkd.report.evidence import (
     table,
     to_markdown,
 )
-from .fstq import CONTROLS, control_pairs, fstq_frame, fstq_pairs, fstq_table, image_pairs
+from fedmpqkd.report.fstq import (
+    CONTROLS,
+    control_pairs,
+    fstq_frame,
+    fstq_pairs,
+    fstq_table,
+    image_pairs,
+    places,
+    token_pairs,
+)
 from .hypotheses import hypotheses, sent_by_clients, timed_rounds
 from .language import assigned, language_table, stored_language, taught
 from .mkt import mixed_machines, mkt_pairs, mkt_table
 from .readings import growth, in_settings, planned, pre_declared
 from ..study.axes import axis_points
 from ..study.experiments import CITED, EXPERIMENTS, plan, tuned_values
-from ..study.fstq import PAIR, VARIED, split_of
+from ..study.fstq import PAIR, VARIED, runs_of, split_of
 from ..study.mkt import CITED_MKT, stored_mkt
 from ..study.records import config_of, load_records, load_stopped
 
@@ -660,21 +670,32 @@ def _added_facts(records: Sequence[Any], study: Study) -> Facts:
                 _brief(row, 'nats a byte', 3), 'paired by seed', study.files(*PAIR))
             for row in (fstq_pairs(more).to_dict('records') if more else ())}
 
-
-def _label_facts(results: Path) -> Facts:
-    "The same on reviews, at the main split and budget."
-    records = [r for r in load_records(results, 'exp7', 'study-labels')
-               if split_of(r['config']) == 'Dirichlet(0.5)']
+# %% ../../nbs/report/18a_facts.ipynb #t4sk0002
+# long: a name for every comparison
+def _task_facts(results: Path, task: str) -> Facts:
+    "The same on another task: what is elsewhere than the first run has its place in the name."
+    records = load_records(results, 'exp7', f'study-{task}')
     if not records: return {}
-    study = Study('fstq', 'exp7/study-labels', tuple(records))
-    found = {f'labels.{key}': Fact(_value(records[0]['config'][key]), _SAME, study.files())
-             for key in ('clients', 'dirichlet', 'train_images')}
-    for row in pd.concat([fstq_pairs(records), control_pairs(records)]).to_dict('records'):
-        found[f'labels.{row["b"].removeprefix("fedavg-")}'] = Fact(
-            _brief(row, 'nats a byte', 3), 'paired by seed', study.files(row['a'], row['b']))
+    group, main = f'exp7/study-{task}', runs_of(f'study-{task}')[0]
+    usual = main.optimizer, split_of(dataclasses.asdict(main))
+    study = Study('fstq', group, tuple(records))
+    found = {f'{task}.{key}': Fact(_value(getattr(main, key)), _SAME, study.files())
+             for key in ('clients', 'dirichlet')}
+    pairs = [fstq_pairs(records), control_pairs(records), *token_pairs(records)]
+    stand = [(w['optimizer'], w['split'], w['method']) for w in places(records)]
+    for row in (row for frame in pairs for row in frame.to_dict('records')):
+        where = row['optimiser'], row.get('split', usual[1])
+        both = tuple(r for r, (*own, m) in zip(records, stand, strict=True)
+                     if (*own,) == where and m in (row['a'], row['b']))
+        a, b = (re.sub(r'\W+', '-', row[k].removeprefix('fedavg-')).strip('-') for k in 'ab')
+        names = [task, *(here for here, own in zip(where, usual, strict=True) if here != own),
+                 b if row['a'] == 'fedavg-fstq' else f'{a}-vs-{b}']
+        found['.'.join(names)] = Fact(_brief(row, 'nats a byte', 3), 'paired by seed',
+                                      Study('fstq', group, both).files())
     return found
 
-
+# %% ../../nbs/report/18a_facts.ipynb #t4sk0003
+# long: what is said of each budget
 def fstq_facts(
     results: Path,  # results folder
 ) -> Facts:  # empty where nothing has been run
@@ -697,7 +718,8 @@ def fstq_facts(
                      'Holm': f'{row["p"]:.2g}', 'Verdict': row['verdict'].split(' (')[0]})
         brief = _brief(row, 'nats a byte', 3)
         found[f'{at[0]}.{at[1]:g}.brief'] = Fact(brief, 'paired by seed', study.files(row['a'], row['b']))
-    found |= _control_facts(records, study) | _label_facts(results) | _added_facts(records, study)
+    found |= _control_facts(records, study) | _added_facts(records, study)
+    for task in ('labels', 'medical'): found |= _task_facts(results, task)
     for (optimizer, _, method), row in means.items():
         if method == 'fedavg':
             said = f'{row["nats per byte"]:.3f} (n = {row["n"]})'

@@ -1,9 +1,12 @@
 "Experiment 7's curves: what was sent until then, and a panel for each optimiser."
+import json
 import math
 
 import matplotlib.pyplot as plt
 import pytest
+from conftest import ROOT
 
+from fedmpqkd.report.facts import fstq_facts
 from fedmpqkd.report.fstq import fstq_curves, fstq_pairs, fstq_table, fstq_traffic, plot_fstq
 
 
@@ -12,7 +15,7 @@ def run(method: str, seed: int, bits: list[float], optimizer: str = "adamw", sha
     uplink = "model" if method == "fedavg" else "mixed"
     config = dict(method=method, seed=seed, optimizer=optimizer, uplink=uplink, update_share=share,
                   partition=split, dirichlet=0.1, model="smollm2-135m", tokenizer="own",
-                  update="fp32", lora_rank=8) | changed
+                  update="fp32", lora_rank=8, rounds=3) | changed
     curve = [dict(round=n, bits_per_byte=b, bytes_up=250_000) for n, b in enumerate(bits, 1)]
     for line in curve: line.update(bytes_down=10 ** 6, arrived=5, sampled=5)
     return dict(config=config, curve=curve, environment=dict(device="a CPU"))
@@ -72,3 +75,23 @@ def test_what_else_is_changed_about_a_recipe_has_a_row_of_its_own():
         "fedavg-fstq", "fedavg-fstq (random, input_drop)", "fedavg-fstq (B alone)",
         "fedavg (mean of products)"]
     assert table["budget %"].tolist() == [2, 2, 25, 100]  # one factor stands at its bytes: 50 of 200 kB
+
+
+def test_facts_of_another_task_name_the_runs_of_their_own_place():
+    "Reviews: the difference computed from the files, and Dirichlet .1 under a name of its own."
+    folder = ROOT / "results" / "exp7" / "study-labels"
+    found, nats, used = fstq_facts(ROOT / "results"), {}, set()
+    for path in folder.glob("*.json"):
+        record = json.loads(path.read_text())
+        c = record["config"]
+        plain = c["token_select"] == "none" and c["lora_train"] == "AB" and c["optimizer"] == "adamw"
+        if plain and c["dirichlet"] == 0.5 and c["method"] in ("fedavg-fstq", "fedavg-magnitude"):
+            if c["partition"] != "dirichlet": continue
+            nats[c["method"], c["seed"]] = record["curve"][-1]["bits_per_byte"] * math.log(2)
+            used.add(path.name)
+    mean = sum(nats["fedavg-fstq", s] - nats["fedavg-magnitude", s] for s in range(3)) / 3
+    fact = found["fstq.labels.magnitude"]
+    assert fact.text.startswith(f"{mean:+.3f} nats a byte (") and "n = 3" in fact.text
+    assert {name.rpartition("/")[2] for name in fact.records} == used and len(used) == 6
+    elsewhere = found["fstq.labels.Dirichlet(0.1).magnitude"]
+    assert not set(elsewhere.records) & set(fact.records)
