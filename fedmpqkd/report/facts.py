@@ -25,9 +25,9 @@ import pandas as pd
 
 from ..core.config import as_list
 from ..core.record import Record
-from ..evaluate.statistics import paired_test
+from ..evaluate.statistics import holm, paired_test
 from ..models.vision import build_model, quantized_names
-from .captions import caption, hardware, robustness_caption
+from .captions import caption, hardware, never_changed, parameters_of, robustness_caption
 from .claims import PAPER, beside_the_paper
 from fedmpqkd.report.evidence import (
     EQUIVALENT,
@@ -41,7 +41,9 @@ from fedmpqkd.report.evidence import (
     gather_tried,
     robustness_table,
     table,
+    time_words,
     to_markdown,
+    verdict,
 )
 from fedmpqkd.report.fstq import (
     CONTROLS,
@@ -139,11 +141,11 @@ def load_study(
 
 def load_small(
     results: Path,  # results folder
-) -> list[Study]:  # 'exp1-mini'; empty where that is the scale that is cited, or was not run
-    "Experiment 1 with a tenth of the images, next to the scale that is cited."
-    if CITED['exp1'] == 'mini': return []
-    study = replace(load_study(results, 'exp1', 'mini'), name='exp1-mini')
-    return [study] if study.records else []
+) -> list[Study]:  # 'exp1-mini', 'exp2-mini'; without those that are cited anyway, or were not run
+    "The first two experiments with few images, next to the scale that is cited."
+    found = [replace(load_study(results, name, 'mini'), name=f'{name}-mini')
+             for name in ('exp1', 'exp2') if CITED[name] != 'mini']
+    return [study for study in found if study.records]
 
 def load_axis(
     results: Path,  # results folder
@@ -224,7 +226,10 @@ def setting_facts(study: Study) -> Facts:
         n=str(counts.max()), n_min=str(counts.min()), seeds=', '.join(map(str, sorted(frame.seed.unique()))),
         hours=f'{frame.seconds.sum() / 3600:.1f}', hardware=hardware(study.records),
         fall=_fall(study), best=f'{frame.groupby("method").accuracy.mean().max():.2f}',
-        steps=f'{_steps(study):.0f}', lag=f'{100 * 0.9 ** _steps(study):.0f}')
+        steps=f'{_steps(study):.0f}', lag=f'{100 * 0.9 ** _steps(study):.0f}',
+        parameters=f'{parameters_of(study.records[0]):,}')
+    begun = sorted({f'{w["accuracy"]:.1f}' for r in study.records if (w := r['summary'].get('warm'))})
+    if begun: said['begun'] = ' and '.join(begun)
     found |= {key: Fact(text, f'{key} of all runs', files) for key, text in said.items()}
     return found | {'caption': Fact(caption(study.runs), 'the common setting of all runs', files)}
 
@@ -246,7 +251,7 @@ def _rise(study: Study, method: str) -> float:
 def method_facts(study: Study) -> Facts:
     "Facts about each method."
     entries, found = table(study.runs, fresh=True), {}
-    columns = COLUMNS | {'fresh': 'Fresh norm. %'}
+    columns = COLUMNS | {'last': 'Last %', 'fresh': 'Fresh norm. %'}
     for method in entries.index:
         n, files = entries.loc[method, ('n', '')], study.files(method)
         found[f'{method}.n'] = Fact(str(n), 'number of seeds', files)
@@ -277,8 +282,8 @@ def _more(study: Study, a: str, b: str) -> Facts:
     found['times_down'] = Fact(f'{times:.1f}', 'ratio of bytes down', files)
     longer = extra_time(frame, a, b).dropna()
     if len(longer):
-        how = f'time of the fastest round, percent, {len(longer)} pairs on one machine'
-        found['more_time'] = Fact(f'{longer.mean():+.1f}', how, files)
+        how = 'time of the fastest round but the first, pairs on one machine'
+        found['more_time'] = Fact(time_words(longer), how, files)
     return found
 
 def work_facts(study: Study, method: str = 'fedmpq') -> Facts:
@@ -289,8 +294,9 @@ def work_facts(study: Study, method: str = 'fedmpq') -> Facts:
     own = [r for r in study.records if r['config']['method'] == method]
     widths = sorted({b for r in own for line in r['curve'] for b in line.get('bits', ())})
     said = dict(moved=f'{100 * mine.moved.mean():.2g}', lasso=f'{100 * mine.lasso_moved.mean():.2g}',
-                widths=', '.join(f'{b:g}' for b in widths))
-    how = 'last round, mean over seeds: percent of weights that changed level, by the regulariser alone; bits'
+                widths=', '.join(f'{b:g}' for b in widths), uniform=count(len(never_changed(own))))
+    how = ('last round, mean over seeds: percent of weights that changed level, by the regulariser alone; '
+           'bits over all rounds, and seeds in which they stayed as they were')
     return {f'{method}.{key}': Fact(text, how, files) for key, text in said.items()}
 
 # %% ../../nbs/report/18a_facts.ipynb #264c13a0
@@ -406,12 +412,12 @@ def study_facts(study: Study) -> Facts:
 def _points(studies: Sequence[Study]) -> Fact:
     "Accuracies at all points."
     parts: dict[str, Fact] = {}
-    rows = ['| Point | Method | n | Accuracy % | Fresh norm. % | MB down | MB up |',
-            '|---|---|--:|--:|--:|--:|--:|']
+    rows = ['| Point | Method | n | Accuracy % | Last % | Fresh norm. % | MB down | MB up |',
+            '|---|---|--:|--:|--:|--:|--:|--:|']
     for study in studies:
         label, own = study.name.split('.', 1)[1], method_facts(study)
         for method in study.runs.frame.method.unique():
-            keys = ('n', 'accuracy', 'fresh', 'mb_down', 'mb_up')
+            keys = ('n', 'accuracy', 'last', 'fresh', 'mb_down', 'mb_up')
             cells = {key: own[f'{method}.{key}'] for key in keys if f'{method}.{key}' in own}
             texts = [cells[key].text if key in cells else '-' for key in keys]
             rows.append(f'| {label} | {method} | ' + ' | '.join(texts) + ' |')
@@ -423,16 +429,18 @@ def _points(studies: Sequence[Study]) -> Fact:
 def _point_tests(studies: Sequence[Study]) -> Fact:
     "Comparisons at all points."
     parts: dict[str, Fact] = {}
-    rows = ['| Point | Comparison | n | Points | 95 % interval | Holm | Verdict |',
-            '|---|---|--:|--:|--:|--:|--:|']
-    for study in studies:
+    rows = ['| Point | Comparison | n | Points | 95 % interval | p | Holm | Verdict |',
+            '|---|---|--:|--:|--:|--:|--:|--:|']
+    family = [(study, row) for study in studies for row in compared(study).to_dict('records')]
+    for (study, row), p in zip(family, holm([row['p'] for _, row in family]), strict=True):
         label, own = study.name.split('.', 1)[1], pair_facts(study)
-        for row in compared(study).itertuples():
-            name = f'{row.a}-vs-{row.b}'
-            cells = {key: own[f'{name}.{key}'] for key in ('n', 'difference', 'interval', 'p_holm')}
-            texts = ' | '.join(fact.text for fact in cells.values())
-            rows.append(f'| {label} | {row.a} - {row.b} | {texts} | {row.verdict} |')
-            parts |= {f'{label}, {name}, {key}': fact for key, fact in cells.items()}
+        name = f'{row["a"]}-vs-{row["b"]}'
+        cells = {key: own[f'{name}.{key}'] for key in ('n', 'difference', 'interval', 'p')}
+        cells['p_holm'] = replace(cells['p'], text='-' if row['n'] < 2 else f'{p:.2g}')
+        texts = ' | '.join(fact.text for fact in cells.values())
+        decided = verdict(row['a'], row['b'], row | dict(p_holm=p))
+        rows.append(f'| {label} | {row["a"]} - {row["b"]} | {texts} | {decided} |')
+        parts |= {f'{label}, {name}, {key}': fact for key, fact in cells.items()}
     files = tuple(dict.fromkeys(file for fact in parts.values() for file in fact.records))
     return Fact('\n'.join(rows), 'paired tests at each point', files, parts)
 
@@ -567,7 +575,12 @@ def hypothesis_facts(
         size = f'{numbers["difference"]} | {numbers["low"]} to {numbers["high"]}' if r.n > 1 else ' | '
         rows.append(f'| {r.letter} | {r.hypothesis} | {size} | {r.n or "–"} | {r.verdict} |')
         parts |= {f'{r.hypothesis}, {key}': Fact(text, how, files) for key, text in numbers.items()}
-    return {'hypotheses.table': Fact('\n'.join(rows), how, files, parts)}
+    facts = {'hypotheses.table': Fact('\n'.join(rows), how, files, parts)}
+    if loads := [r['load'] for r in timed if r.get('load') is not None]:
+        facts['hypotheses.load'] = Fact(f'{min(loads):.1f} to {max(loads):.1f}', 'load average', files)
+    if each := {len(r['seconds_per_round']) for r in timed}:
+        facts['hypotheses.rounds'] = Fact(' or '.join(map(count, sorted(each))), 'timed rounds', files)
+    return facts
 
 # %% ../../nbs/report/18a_facts.ipynb #e840a2fa
 # long: two tables and their words
@@ -707,6 +720,10 @@ def fstq_facts(
     means = {(r['optimiser'], r['budget %'], r['method']): r for r in fstq_table(records).to_dict('records')}
     found = {key: Fact(_value(value), _SAME, study.files()) for key, value in records[0]['config'].items()
              if key in ('model', 'rounds', 'clients', 'lora_rank')}
+    some, data = records[0], records[0]['data']
+    steps = sum(line['steps'] for line in some['curve']) / some['config']['clients']
+    for key, n in dict(train=data['train'], test=data['test'], steps=steps).items():
+        found[key] = Fact(f'{n:g}', _SAME, study.files())
     rows = []
     for row in pairs.to_dict('records'):
         at = row['optimiser'], row['budget %']

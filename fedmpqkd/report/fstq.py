@@ -223,7 +223,8 @@ def plot_fstq(
         for (method, _), own in shown.groupby(['method', 'budget']):
             ax.plot(own.mb, own.nats, color=inks[method], marker='.', linewidth=1)
             ax.fill_between(own.mb, own.low, own.high, color=inks[method], alpha=0.15, linewidth=0)
-        ax.set(xscale='log', xlabel='MB sent by all clients', title=', '.join(kind[n] for n in apart))
+        ax.set(xscale='log', xlabel='MB sent by all clients')
+        ax.set_title(', '.join(kind[n] for n in apart), fontsize=8)
         ax.spines[['top', 'right']].set_visible(False)
     figure.axes[0].set_ylabel('nats per byte')
     lines = [Line2D([], [], color=inks[m], marker='.', label=label) for m, label in labels.items()]

@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.journal import project_root, read_record, write_atomic
-from ..evaluate.statistics import paired_test, spearman, spearman_test
+from ..evaluate.statistics import holm, paired_test, spearman, spearman_test
 from .claims import LOWBIT
 from .evidence import figure_pdf, to_markdown
 from ..study.lowbit_study import Piece, Study, pieces_of
@@ -218,16 +218,15 @@ def plot_study(study: Study, figure: Figure) -> None:
 # %% ../../nbs/report/17f_lowbit.ipynb #152d3cd3
 def reading_of(study: Study) -> str:
     "What the study says."
-    said = []
-    for r in rules_table(study).to_dict('records'):
+    said, rows = [], [r for r in rules_table(study).to_dict('records') if not np.isnan(r['p'])]
+    for r, adjusted in zip(rows, holm([r['p'] for r in rows]), strict=True):
         name = 'M' if r['rule'] == 'M' else 'The variance rule'
-        if np.isnan(r['p']): continue
-        sure = 'no more than chance would' if r['p'] >= 0.05 else 'more than chance would'
+        sure = 'no more than chance would' if adjusted >= 0.05 else 'more than chance would'
         way = 'as claimed' if r['rho'] < 0 else 'against the claim'
         said.append(f"{r['students']}: {name} correlates with accuracy at rho = {r['rho']:.3f} "
-                    f"(n={r['n']}, exact p = {r['p']:.3f}; {way}, {sure}); it chooses {r['chosen']}, "
-                    f"{r['regret']:.2f} points below {r['best']}, the best, and {r['gain']:+.2f} points "
-                    f"from none ({r['seeds']} seeds).")
+                    f"(n={r['n']}, exact p = {r['p']:.3f}, {adjusted:.3f} after Holm; {way}, {sure}); "
+                    f"it chooses {r['chosen']}, {r['regret']:.2f} points below {r['best']}, the best, "
+                    f"and {r['gain']:+.2f} points from none ({r['seeds']} seeds).")
     return '\n'.join(f'- {line}' for line in said)
 
 

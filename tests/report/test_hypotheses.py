@@ -76,3 +76,15 @@ def test_words_have_verdict_difference_interval_n_and_scale():
     line = in_words(hypotheses(("exp1/study", BASE + runs("fedmpq-kd", [52, 53.1, 53.9, 55, 56]))))[0]
     for part in ("(a) raises final accuracy", "**pass**", "+2.00 points", "n = 5", "exp1/study"):
         assert part in line
+
+
+def test_a_method_that_the_benchmark_lacks_is_timed_by_its_runs():
+    "The received model: rounds of 2 s where FedMPQ takes 1, all of them."
+    slow = [made_up_record(FREE, s, [50.0] * 6, [2.0] * 6) for s in range(5)]
+    quick = [made_up_record("fedmpq", s, [50.0] * 6, [1.0] * 6) for s in range(5)]
+    timed = [dict(workload="w2", entry=m, repeat=i, seconds_per_round=[1.0, 1.0])
+             for m in ("fedmpq", "fedmpq-kd") for i in range(5)]
+    found = hypotheses(("exp1/study", quick + slow), timed=timed).set_index("hypothesis")
+    own = found.loc["takes at most 10 % more time, teacher: the received model"]
+    assert (own.difference, own.n, own.scale, own.verdict) == (100.0, 5, "exp1/study", "fail")
+    assert found.scale["takes at most 10 % more time"] == "benchmark w2"

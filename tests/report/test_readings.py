@@ -363,3 +363,12 @@ def test_records_survive_json():
     records = runs_of('fedmpq', BASE, dirichlet=math.inf) + runs_of('fedmpq-kd', KD, dirichlet=math.inf)
     again = json.loads(json.dumps(records, allow_nan=False))
     assert R.pre_declared(again).to_csv() == R.pre_declared(records).to_csv()
+
+
+def test_a_time_that_straddles_the_limit_is_undecided():
+    "5, 8, 12, 15 and 20 % more: 12 on average, 4.7 to 19.3; the limit is 10."
+    slower = [made_up('fedmpq-kd', s, [a] * 6, seconds=1 + more / 100)
+              for s, (a, more) in enumerate(zip(KD, (5, 8, 12, 15, 20), strict=True))]
+    row = checked(runs_of('fedmpq', BASE) + slower).loc['iii']
+    assert (row.value, row.verdict) == (pytest.approx(12), 'undecided')
+    assert row.ci_low == pytest.approx(4.71, abs=0.01) and row.ci_high == pytest.approx(19.29, abs=0.01)
