@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Facts', 'NUMBER', 'CONDITIONS', 'CONSTANTS', 'COLUMNS', 'VERSUS', 'MANUSCRIPT', 'Fact', 'numbers', 'behind', 'Study',
-           'load_study', 'load_small', 'load_axis', 'load_axes', 'by_plan', 'setting_facts', 'method_facts',
+           'load_study', 'load_small', 'load_axis', 'load_axes', 'by_plan', 'count', 'setting_facts', 'method_facts',
            'work_facts', 'compared', 'verdict_text', 'pair_facts', 'table_fact', 'aligned', 'table_facts',
-           'study_facts', 'axis_facts', 'growth_facts', 'count', 'verdict_facts', 'finding', 'criteria_facts',
+           'study_facts', 'axis_facts', 'growth_facts', 'verdict_facts', 'finding', 'criteria_facts',
            'hypothesis_facts', 'language_facts', 'mkt_facts', 'fstq_facts', 'adapter_facts', 'early_facts',
            'claim_facts', 'published_facts', 'audit_facts', 'deviation_facts', 'all_facts']
 
@@ -210,6 +210,13 @@ def _fall(study: Study) -> str:
     if not drops: return 'none'
     points, method, seed, at = max(drops)
     return f'the largest fall within one round is {points:.1f} points (`{method}`, seed {seed}, round {at})'
+
+_WORDS = ('none', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven',
+          'twelve')
+
+def count(n: int) -> str:
+    "A small number as a word."
+    return _WORDS[n] if n < len(_WORDS) else str(n)
 
 # %% ../../nbs/report/18a_facts.ipynb #54dc0760
 def setting_facts(study: Study) -> Facts:
@@ -428,9 +435,8 @@ def _points(studies: Sequence[Study]) -> Fact:
 # %% ../../nbs/report/18a_facts.ipynb #27eb60d9
 def _point_tests(studies: Sequence[Study]) -> Fact:
     "Comparisons at all points."
-    parts: dict[str, Fact] = {}
-    rows = ['| Point | Comparison | n | Points | 95 % interval | p | Holm | Verdict |',
-            '|---|---|--:|--:|--:|--:|--:|--:|']
+    parts, head = dict[str, Fact](), 'Point | Comparison | n | Points | 95 % interval | p | Holm | Verdict'
+    rows = [f'| {head} |', '|---|---|--:|--:|--:|--:|--:|--:|']
     family = [(study, row) for study in studies for row in compared(study).to_dict('records')]
     for (study, row), p in zip(family, holm([row['p'] for _, row in family]), strict=True):
         label, own = study.name.split('.', 1)[1], pair_facts(study)
@@ -467,13 +473,6 @@ def growth_facts(
 
 # %% ../../nbs/report/18a_facts.ipynb #87574d6b
 # long: small functions that are read together
-_WORDS = ('none', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven',
-          'twelve')
-
-def count(n: int) -> str:
-    "A small number as a word."
-    return _WORDS[n] if n < len(_WORDS) else str(n)
-
 def _of_experiments(studies: Sequence[Study]) -> str:
     "Whose comparisons are counted, in words."
     *others, last = sorted({s.group.partition('/')[0].removeprefix('exp') for s in studies})
@@ -551,6 +550,16 @@ def criteria_facts(studies: Sequence[Study]) -> Facts:
             'criteria.sentence': Fact(said, 'criteria in all settings', files)}
 
 # %% ../../nbs/report/18a_facts.ipynb #36b2d553
+# long: the table, and how its times were taken
+def _timing_facts(timed: Sequence[Mapping[str, Any]]) -> Facts:
+    "How busy the machine was before each process, and how many rounds of it were timed."
+    loads, each = [r['load'] for r in timed if r.get('load')], {len(r['seconds_per_round']) for r in timed}
+    said = dict(load=f'{min(loads):.1f} to {max(loads):.1f}') if loads else {}
+    if each: said['rounds'] = ' or '.join(map(count, sorted(each)))
+    return {f'hypotheses.{key}': Fact(text, 'of the benchmark', ('bench/time.json',))
+            for key, text in said.items()}
+
+
 def hypothesis_facts(
     studies: Sequence[Study],  # the first is Experiment 1
     results: Path,  # folder of the benchmark
@@ -575,12 +584,7 @@ def hypothesis_facts(
         size = f'{numbers["difference"]} | {numbers["low"]} to {numbers["high"]}' if r.n > 1 else ' | '
         rows.append(f'| {r.letter} | {r.hypothesis} | {size} | {r.n or "–"} | {r.verdict} |')
         parts |= {f'{r.hypothesis}, {key}': Fact(text, how, files) for key, text in numbers.items()}
-    facts = {'hypotheses.table': Fact('\n'.join(rows), how, files, parts)}
-    if loads := [r['load'] for r in timed if r.get('load') is not None]:
-        facts['hypotheses.load'] = Fact(f'{min(loads):.1f} to {max(loads):.1f}', 'load average', files)
-    if each := {len(r['seconds_per_round']) for r in timed}:
-        facts['hypotheses.rounds'] = Fact(' or '.join(map(count, sorted(each))), 'timed rounds', files)
-    return facts
+    return {'hypotheses.table': Fact('\n'.join(rows), how, files, parts)} | _timing_facts(timed)
 
 # %% ../../nbs/report/18a_facts.ipynb #e840a2fa
 # long: two tables and their words
@@ -684,7 +688,7 @@ def _added_facts(records: Sequence[Any], study: Study) -> Facts:
             for row in (fstq_pairs(more).to_dict('records') if more else ())}
 
 # %% ../../nbs/report/18a_facts.ipynb #t4sk0002
-# long: a name for every comparison
+# long: every comparison under a name
 def _task_facts(results: Path, task: str) -> Facts:
     "The same on another task: what is elsewhere than the first run has its place in the name."
     records = load_records(results, 'exp7', f'study-{task}')
@@ -707,8 +711,7 @@ def _task_facts(results: Path, task: str) -> Facts:
                                       Study('fstq', group, both).files())
     return found
 
-# %% ../../nbs/report/18a_facts.ipynb #t4sk0003
-# long: what is said of each budget
+
 def fstq_facts(
     results: Path,  # results folder
 ) -> Facts:  # empty where nothing has been run
