@@ -289,8 +289,7 @@ def _more(study: Study, a: str, b: str) -> Facts:
     found['times_down'] = Fact(f'{times:.1f}', 'ratio of bytes down', files)
     longer = extra_time(frame, a, b).dropna()
     if len(longer):
-        how = 'time of the fastest round but the first, pairs on one machine'
-        found['more_time'] = Fact(time_words(longer), how, files)
+        found['more_time'] = Fact(time_words(longer), 'fastest round but the first, on one machine', files)
     return found
 
 def work_facts(study: Study, method: str = 'fedmpq') -> Facts:
