@@ -320,7 +320,8 @@ def test_committed_tables_are_what_the_records_give():
         for part in (to_markdown(augmentation_table(stored_study(preset))), reading_of(stored_study(preset))):
             assert part.strip() in text, f"{name}.md is stale"
     for name in ("exp5", "exp5-arc"):
-        text, stored = (folder / f"{name}.md").read_text(encoding="utf-8"), language_page(stored_language(name))
+        text = (folder / f"{name}.md").read_text(encoding="utf-8")
+        stored = language_page(stored_language(name))
         assert sorted(text.splitlines()) == sorted(stored.splitlines()), f"{name}.md is stale"
 
 
