@@ -26,11 +26,13 @@ from fedmpqkd.report.facts import (  # noqa: E402
     pair_facts,
     verdict_facts,
 )
+from fedmpqkd.report.fstq import fstq_pairs  # noqa: E402
 from fedmpqkd.report.language import language_page, stored_language  # noqa: E402
 from fedmpqkd.report.latex import to_content  # noqa: E402
 from fedmpqkd.report.lowbit import augmentation_table, reading_of, stored_study  # noqa: E402
 from fedmpqkd.report.rules import RULES, lint, lost_citations  # noqa: E402
 from fedmpqkd.study.examples import made_up_record  # noqa: E402
+from fedmpqkd.study.records import load_records  # noqa: E402
 
 TEX = shutil.which("latexmk") and not subprocess.run(
     ["kpsewhich", "algpseudocode.sty", "subcaption.sty", "natbib.sty"], capture_output=True).returncode
@@ -323,6 +325,8 @@ def test_committed_tables_are_what_the_records_give():
         text = (folder / f"{name}.md").read_text(encoding="utf-8")
         stored = language_page(stored_language(name))
         assert sorted(text.splitlines()) == sorted(stored.splitlines()), f"{name}.md is stale"
+    table = fstq_pairs(load_records(ROOT / "results", "exp7", "study-labels"))
+    assert to_markdown(table).strip() in (folder / "exp7-labels.md").read_text(encoding="utf-8")
 
 
 def test_the_text_changes_with_the_records(facts):
