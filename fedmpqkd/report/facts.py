@@ -738,7 +738,7 @@ def fstq_facts(
         brief = _brief(row, 'nats a byte', 3)
         found[f'{at[0]}.{at[1]:g}.brief'] = Fact(brief, 'paired by seed', study.files(row['a'], row['b']))
     found |= _control_facts(records, study) | _added_facts(records, study)
-    for task in ('labels', 'medical'): found |= _task_facts(results, task)
+    found |= _task_facts(results, 'labels')
     for (optimizer, _, method), row in means.items():
         if method == 'fedavg':
             said = f'{row["nats per byte"]:.3f} (n = {row["n"]})'

@@ -868,7 +868,7 @@ def test_a_start_has_no_part_in_the_bytes_of_a_round():
 
 
 def test_a_lead_is_told_with_its_paired_interval():
-    "84.5, 84.7, 84.9 minus 82.1, 82.0, 82.2 or so: the interval is that of the paired test."
+    "Mean and standard deviation of the three differences, by hand."
     said = captions.reading(THREE)
     differences = [a - b for a, b in zip(KD, PLAIN, strict=True)]
     half = 4.302653 * statistics.stdev(differences) / math.sqrt(3)  # t of two degrees of freedom
